@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'CELEBA_LAYOUT', 'CELEBA_LAST', 'SAMPLE_BOXES', 'SAMPLE_SPLITS', 'DATASETS', 'to_rgb', 'read_rgb',
-           'square', 'pixels_of', 'load_image', 'random_bits', 'random_order', 'choose', 'Images', 'image_files',
-           'FolderImages', 'check_split', 'split_folder', 'celeba_root', 'celeba_partition', 'CelebA', 'celeba_label',
-           'sample_photograph', 'sample_images', 'SampleCrops', 'data_folder', 'fetch', 'Cifar10', 'Imagenette',
-           'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages', 'check_shared_memory',
-           'EpochSampler', 'make_loaders', 'worker_count']
+           'square', 'pixels_of', 'to_float', 'load_image', 'random_bits', 'random_order', 'choose', 'Images',
+           'image_files', 'FolderImages', 'check_split', 'split_folder', 'celeba_root', 'celeba_partition', 'CelebA',
+           'celeba_label', 'sample_photograph', 'sample_images', 'SampleCrops', 'data_folder', 'fetch', 'Cifar10',
+           'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages',
+           'check_shared_memory', 'EpochSampler', 'make_loaders', 'worker_count']
 
 # %% ../nbs/06_data.ipynb #0003
 import os
@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-# %% ../nbs/06_data.ipynb #0006
+# %% ../nbs/06_data.ipynb #0007
 def to_rgb(
     image: Image.Image,  # any mode that Pillow reads
 ) -> Image.Image:        # mode "RGB", 8 bits a channel
@@ -36,7 +36,7 @@ def to_rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
-# %% ../nbs/06_data.ipynb #0009
+# %% ../nbs/06_data.ipynb #0010
 def read_rgb(
     path,           # an image file
 ) -> Image.Image:   # mode "RGB"
@@ -49,7 +49,7 @@ def read_rgb(
     except Exception as error:
         raise OSError(f"cannot read the image {path} ({error}); restore the file or remove it: it is never replaced by another image") from error
 
-# %% ../nbs/06_data.ipynb #0015
+# %% ../nbs/06_data.ipynb #0016
 def square(
     image: Image.Image,    # any size
     size: int | None,      # side in pixels of the result; None keeps the side of the crop
@@ -61,23 +61,30 @@ def square(
     image = image.crop((left, top, left + side, top + side))
     return image if size in (None, side) else image.resize((size, size), Image.Resampling.BICUBIC)
 
-# %% ../nbs/06_data.ipynb #0018
+# %% ../nbs/06_data.ipynb #0019
 def pixels_of(
     image: Image.Image,   # mode "RGB"
 ) -> torch.Tensor:        # uint8 [3, H, W]
     "The pixels of an image as a tensor, channels first"
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
-# %% ../nbs/06_data.ipynb #0019
+# %% ../nbs/06_data.ipynb #0021
+def to_float(
+    pixels: torch.Tensor,   # uint8 [3, H, W]
+) -> torch.Tensor:          # float [3, H, W] in [0, 1]
+    "Bytes to floats"
+    return torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), dtype=np.float32))
+
+# %% ../nbs/06_data.ipynb #0023
 def load_image(
     path,                      # an image file of any kind that Pillow reads
     size: int | None = None,   # side of the centred square in pixels; None keeps the whole image as it is
 ) -> torch.Tensor:             # float [3, H, W] in [0, 1]
     "Read one image; raises `OSError` naming a file that cannot be read"
     image = read_rgb(path)
-    return pixels_of(image if size is None else square(image, size)).float().div_(255)
+    return to_float(pixels_of(image if size is None else square(image, size)))
 
-# %% ../nbs/06_data.ipynb #0022
+# %% ../nbs/06_data.ipynb #0026
 def random_bits(
     *counters,      # integers or integer arrays that name the draw, for example seed, epoch and index
 ) -> np.ndarray:    # uint64, uniformly distributed; the shape is that of the counters broadcast together
@@ -91,7 +98,7 @@ def random_bits(
             state = state ^ (state >> np.uint64(31))
     return state
 
-# %% ../nbs/06_data.ipynb #0025
+# %% ../nbs/06_data.ipynb #0029
 def random_order(
     n: int,           # how many things to order
     *counters,        # integers that name the order, for example seed and epoch
@@ -99,7 +106,7 @@ def random_order(
     "A random permutation that is a pure function of its arguments"
     return np.argsort(random_bits(*counters, np.arange(n)), kind="stable")
 
-# %% ../nbs/06_data.ipynb #0027
+# %% ../nbs/06_data.ipynb #0031
 def choose(
     items: list,          # what to choose from
     limit: int | None,    # how many to keep; None or more than there are: all
@@ -110,7 +117,7 @@ def choose(
     if limit < 1: raise ValueError(f"limit must be at least 1, not {limit}; leave it out to take all {len(items):,} images")
     return [items[i] for i in sorted(random_order(len(items), seed)[:limit])]
 
-# %% ../nbs/06_data.ipynb #0030
+# %% ../nbs/06_data.ipynb #0034
 class Images(Dataset):
     "A set of images: item `i` is a float tensor [3, size, size] in [0, 1]"
     label = "images"     # what the set is, in words for captions and tables
@@ -127,7 +134,7 @@ class Images(Dataset):
         "Item of an index, or of a pair (epoch, index)"
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -len(self) <= index < len(self): raise IndexError(f"there is no image {index}: the set has {len(self):,}")
-        return self.pixels(index % len(self), epoch).float().div_(255)
+        return to_float(self.pixels(index % len(self), epoch))
 
     def batch(self, keys: list) -> torch.Tensor:
         "The items of several keys, float [B, 3, size, size]"
@@ -135,7 +142,7 @@ class Images(Dataset):
 
     def __repr__(self) -> str: return f"{type(self).__name__}({self.label}: {len(self):,} images, {self.size}x{self.size})"
 
-# %% ../nbs/06_data.ipynb #0033
+# %% ../nbs/06_data.ipynb #0037
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def image_files(
@@ -149,7 +156,7 @@ def image_files(
     if not files: raise ValueError(f"the folder {root} holds no images; looked for files ending in {', '.join(SUFFIXES)}, in subfolders too")
     return files
 
-# %% ../nbs/06_data.ipynb #0034
+# %% ../nbs/06_data.ipynb #0038
 class FolderImages(Images):
     "The images under a folder. With `train`, `val` and `test` subfolders those are the splits; else each image is assigned by its name and the seed"
 
@@ -170,7 +177,7 @@ class FolderImages(Images):
     def __len__(self): return len(self.files)
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0036
+# %% ../nbs/06_data.ipynb #0040
 def check_split(
     split: str,                                  # what was asked for
     splits: tuple = ("train", "val", "test"),    # what there is
@@ -178,7 +185,7 @@ def check_split(
     "`ValueError` that lists the splits"
     if split not in splits: raise ValueError(f"there is no split {split!r}; choose one of {', '.join(splits)}")
 
-# %% ../nbs/06_data.ipynb #0037
+# %% ../nbs/06_data.ipynb #0041
 def split_folder(
     root: Path,            # the folder
     files: list[Path],     # all its images
@@ -195,7 +202,7 @@ def split_folder(
     tenth = max(1, len(files) // 10)
     return sorted({"val": order[:tenth], "test": order[tenth:2 * tenth], "train": order[2 * tenth:]}[split])
 
-# %% ../nbs/06_data.ipynb #0041
+# %% ../nbs/06_data.ipynb #0045
 CELEBA_LAYOUT = "img_align_celeba/000001.jpg and so on (aligned, 178x218) and, beside that folder, list_eval_partition.txt"
 CELEBA_LAST = {"train": 162_770, "val": 182_637, "test": 202_599}      # number of the last image of each partition
 
@@ -206,7 +213,7 @@ def celeba_root() -> Path | None:
     if not Path(name).expanduser().is_dir(): raise FileNotFoundError(f"CELEBA_DIR is {name}, which is no folder; set it to the folder that holds {CELEBA_LAYOUT}")
     return Path(name).expanduser()
 
-# %% ../nbs/06_data.ipynb #0043
+# %% ../nbs/06_data.ipynb #0047
 def celeba_partition(
     names: list[str],             # file names such as "000001.jpg"
     table: Path | None = None,    # list_eval_partition.txt; None or absent: by the image number
@@ -225,7 +232,7 @@ def celeba_partition(
         if not 1 <= number <= 202_599: raise ValueError(f"{name} is not a CelebA name (000001.jpg to 202599.jpg), so its partition is unknown; remove it from the folder")
     return {name: next(split for split, last in CELEBA_LAST.items() if number <= last) for name, number in numbers.items()}
 
-# %% ../nbs/06_data.ipynb #0045
+# %% ../nbs/06_data.ipynb #0049
 class CelebA(Images):
     "Aligned CelebA faces of one official partition: central 178x178 pixels, bicubic to `size`"
 
@@ -255,7 +262,7 @@ class CelebA(Images):
         if image.size != (178, 218): raise ValueError(f"{self.files[index]} is {image.size[0]}x{image.size[1]}, not 178x218; use the aligned and cropped CelebA images")
         return pixels_of(square(image, self.size))
 
-# %% ../nbs/06_data.ipynb #0046
+# %% ../nbs/06_data.ipynb #0050
 def celeba_label(
     split: str,       # partition
     present: int,     # how many of its images are in the folder
@@ -266,7 +273,7 @@ def celeba_label(
     if full: return f"CelebA {split} partition" + ("" if chosen == present else f" ({chosen:,} of {present:,})")
     return f"CelebA {split} partition (" + ("" if chosen == present else f"{chosen:,} of a ") + f"sample of {present:,})"
 
-# %% ../nbs/06_data.ipynb #0053
+# %% ../nbs/06_data.ipynb #0057
 @lru_cache(maxsize=None)
 def sample_photograph(
     name: str,          # file name, for example "astronaut.png"
@@ -278,10 +285,10 @@ def sample_photograph(
     if not path.is_file(): raise FileNotFoundError(f"this scikit-image has no photograph {name}; run: pip install 'scikit-image>=0.22'")
     return read_rgb(path)
 
-# %% ../nbs/06_data.ipynb #0055
+# %% ../nbs/06_data.ipynb #0059
 SAMPLE_BOXES = {"astronaut.png": (128, 0, 192), "chelsea.png": (130, 20, 220), "coffee.png": (100, 0, 400), "rocket.jpg": (107, 0, 427)}   # left, top, side
 
-# %% ../nbs/06_data.ipynb #0056
+# %% ../nbs/06_data.ipynb #0060
 def sample_images(
     size: int = 128,    # side in pixels
 ) -> torch.Tensor:      # float [4, 3, size, size] in [0, 1]
@@ -292,14 +299,14 @@ def sample_images(
         crops.append(pixels_of(square(crop, size)))
     return torch.stack(crops).float().div_(255)
 
-# %% ../nbs/06_data.ipynb #0060
+# %% ../nbs/06_data.ipynb #0064
 SAMPLE_SPLITS = {
     "train": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "ihc.png", "retina.jpg"),
     "val": ("chelsea.png",),
     "test": ("astronaut.png",),
 }
 
-# %% ../nbs/06_data.ipynb #0061
+# %% ../nbs/06_data.ipynb #0065
 class SampleCrops(Images):
     "Random crops of scikit-image's photographs: new ones each epoch for training, fixed ones of held-out photographs for validation and test"
     in_memory = True
@@ -328,14 +335,14 @@ class SampleCrops(Images):
         top, left = int(down * (photograph.shape[1] - self.size + 1)), int(right * (photograph.shape[2] - self.size + 1))
         return photograph[:, top:top + self.size, left:left + self.size]
 
-# %% ../nbs/06_data.ipynb #0065
+# %% ../nbs/06_data.ipynb #0069
 def data_folder(
     root=None,     # a folder; None: the environment variable LASER_DATA, else ~/.cache/laser
 ) -> Path:
     "Where downloaded image sets are kept"
     return Path(root or os.environ.get("LASER_DATA") or "~/.cache/laser").expanduser()
 
-# %% ../nbs/06_data.ipynb #0067
+# %% ../nbs/06_data.ipynb #0071
 def fetch(
     root: Path,       # folder that the images belong in
     name: str,        # name of the subfolder that the download makes
@@ -358,7 +365,7 @@ def fetch(
     raise FileNotFoundError(f"there is no {goal} ({reason}). With a network: fetch {url} and unpack it in {root}, so that {goal} holds {layout}; "
                             "or set data.root or the environment variable LASER_DATA to the folder that has it")
 
-# %% ../nbs/06_data.ipynb #0068
+# %% ../nbs/06_data.ipynb #0072
 class Cifar10(Images):
     "CIFAR-10 (Krizhevsky, 2009): 45,000 training, 5,000 validation (the last of the official training images) and 10,000 test images, 32x32"
     in_memory = True
@@ -384,7 +391,7 @@ class Cifar10(Images):
     def __len__(self): return len(self.images)
     def pixels(self, index, epoch=0): return pixels_of(square(Image.fromarray(self.images[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0075
+# %% ../nbs/06_data.ipynb #0079
 class Imagenette(Images):
     "Imagenette: 8,522 training and 947 validation images (of the official 9,469 training images) and 3,925 test images (the official validation)"
 
@@ -414,10 +421,10 @@ class Imagenette(Images):
     def __len__(self): return len(self.files)
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0078
+# %% ../nbs/06_data.ipynb #0082
 DATASETS = {"celeba": CelebA, "cifar10": Cifar10, "imagenette": Imagenette, "folder": FolderImages, "sample": SampleCrops}
 
-# %% ../nbs/06_data.ipynb #0079
+# %% ../nbs/06_data.ipynb #0083
 def get_dataset(
     name: str,                   # "celeba", "cifar10", "imagenette", "folder" or "sample"
     split: str = "train",        # "train", "val" or "test"
@@ -435,7 +442,7 @@ def get_dataset(
     if size is not None: options["size"] = size
     return DATASETS[name](split=split, limit=limit, seed=seed, **options)
 
-# %% ../nbs/06_data.ipynb #0082
+# %% ../nbs/06_data.ipynb #0086
 def load_images(
     source="auto",           # "auto": CelebA if CELEBA_DIR is set, else the sample; a name in `DATASETS`; or a folder
     n: int = 4,              # how many images, by a seeded choice
@@ -451,7 +458,7 @@ def load_images(
     if len(images) < n: raise ValueError(f"asked for {n:,} images, but the set ({images.label}) has {len(images):,}; lower n")
     return images.batch(range(n)), images.label
 
-# %% ../nbs/06_data.ipynb #0083
+# %% ../nbs/06_data.ipynb #0087
 def load_samples(
     n: int,         # how many
     size: int,      # side in pixels
@@ -468,7 +475,7 @@ def load_samples(
         crops.append(photograph[:, top:top + size, left:left + size])
     return torch.cat([images, torch.stack(crops).float().div_(255)]), f"scikit-image sample photographs (4 pictures and {n - 4:,} random crops)"
 
-# %% ../nbs/06_data.ipynb #0086
+# %% ../nbs/06_data.ipynb #0090
 class RandomFlips(Images):
     "Another set with each image mirrored left to right with probability 1/2, by (seed, epoch, index)"
 
@@ -485,7 +492,7 @@ class RandomFlips(Images):
         pixels = self.images.pixels(index, epoch)
         return pixels.flip(-1) if random_bits(self.seed, epoch, index) % np.uint64(2) else pixels
 
-# %% ../nbs/06_data.ipynb #0089
+# %% ../nbs/06_data.ipynb #0093
 class CachedImages(Images):
     "Another set that keeps each image's bytes in shared memory after its first use"
     in_memory = True
@@ -510,7 +517,7 @@ class CachedImages(Images):
 
     def __repr__(self): return f"{super().__repr__()[:-1]}, cache of {self.nbytes / 2**20:,.0f} MiB)"
 
-# %% ../nbs/06_data.ipynb #0090
+# %% ../nbs/06_data.ipynb #0094
 def check_shared_memory(
     nbytes: int,      # how much will be needed
 ) -> None:
@@ -520,7 +527,7 @@ def check_shared_memory(
     free = shutil.disk_usage("/dev/shm").free
     if nbytes > free: raise MemoryError(f"the cache needs {nbytes / 2**30:.1f} GiB of shared memory, {free / 2**30:.1f} GiB are free; turn data.cache off, use a smaller image size or limit, or enlarge /dev/shm (docker run --shm-size)")
 
-# %% ../nbs/06_data.ipynb #0093
+# %% ../nbs/06_data.ipynb #0097
 class EpochSampler:
     "Batches of (epoch, index) keys, for `DataLoader(batch_sampler=...)`; call `set_epoch` before each epoch"
 
@@ -557,7 +564,7 @@ class EpochSampler:
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share): yield [(epoch, int(index)) for index in share]
 
-# %% ../nbs/06_data.ipynb #0098
+# %% ../nbs/06_data.ipynb #0102
 def make_loaders(
     train: Images,                     # training set
     val: Images,                       # validation set, in its own order, every image once
@@ -582,7 +589,7 @@ def make_loaders(
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory, generator=torch.Generator().manual_seed(seed)))
     return tuple(loaders)
 
-# %% ../nbs/06_data.ipynb #0099
+# %% ../nbs/06_data.ipynb #0103
 def worker_count(
     images: Images,     # the set to be loaded
 ) -> int:
