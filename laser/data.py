@@ -8,9 +8,11 @@ __all__ = ['SUFFIXES', 'CELEBA_LAYOUT', 'CELEBA_LAST', 'SAMPLE_BOXES', 'SAMPLE_S
            'image_files', 'FolderImages', 'check_split', 'split_folder', 'celeba_root', 'celeba_partition', 'CelebA',
            'celeba_label', 'sample_photograph', 'sample_images', 'SampleCrops', 'data_folder', 'fetch', 'Cifar10',
            'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages',
-           'check_shared_memory', 'EpochSampler', 'make_loaders', 'worker_count']
+           'check_shared_memory', 'EpochSampler', 'ByteItems', 'stack_bytes', 'stack_floats', 'as_floats',
+           'make_loaders', 'worker_count']
 
 # %% ../nbs/06_data.ipynb #0003
+import logging
 import os
 import zlib
 from functools import lru_cache
@@ -70,8 +72,8 @@ def pixels_of(
 
 # %% ../nbs/06_data.ipynb #0021
 def to_float(
-    pixels: torch.Tensor,   # uint8 [3, H, W]
-) -> torch.Tensor:          # float [3, H, W] in [0, 1]
+    pixels: torch.Tensor,   # uint8, any shape, on the CPU
+) -> torch.Tensor:          # float32 in [0, 1], same shape
     "Bytes to floats"
     return torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), dtype=np.float32))
 
@@ -130,15 +132,17 @@ class Images(Dataset):
         "The image as uint8 [3, size, size]"
         raise NotImplementedError
 
-    def __getitem__(self, key) -> torch.Tensor:
-        "Item of an index, or of a pair (epoch, index)"
+    def bytes_of(self, key) -> torch.Tensor:
+        "The image of an index, or of a pair (epoch, index), as uint8"
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -len(self) <= index < len(self): raise IndexError(f"there is no image {index}: the set has {len(self):,}")
-        return to_float(self.pixels(index % len(self), epoch))
+        return self.pixels(index % len(self), epoch)
 
-    def batch(self, keys: list) -> torch.Tensor:
+    def __getitem__(self, key) -> torch.Tensor: return to_float(self.bytes_of(key))
+
+    def batch(self, keys) -> torch.Tensor:
         "The items of several keys, float [B, 3, size, size]"
-        return torch.stack([self[key] for key in keys])
+        return to_float(torch.stack([self.bytes_of(key) for key in keys]))
 
     def __repr__(self) -> str: return f"{type(self).__name__}({self.label}: {len(self):,} images, {self.size}x{self.size})"
 
@@ -504,6 +508,7 @@ class CachedImages(Images):
         self.images, self.label, self.size = images, images.label, images.size
         self.nbytes = len(images) * 3 * images.size ** 2
         check_shared_memory(self.nbytes)
+        logging.getLogger(__name__).info(repr(self))
         self.bytes = torch.zeros(len(images), 3, images.size, images.size, dtype=torch.uint8).share_memory_()
         self.known = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
@@ -565,6 +570,38 @@ class EpochSampler:
             if len(share): yield [(epoch, int(index)) for index in share]
 
 # %% ../nbs/06_data.ipynb #0102
+class ByteItems(Images):
+    "Another set whose items are uint8 [3, size, size]: what a loader's workers prepare"
+    def __init__(self,
+        images: Images,     # the set
+    ):
+        self.images, self.label, self.size, self.in_memory = images, images.label, images.size, images.in_memory
+    def __len__(self): return len(self.images)
+    def pixels(self, index, epoch=0): return self.images.pixels(index, epoch)
+    def __getitem__(self, key): return self.bytes_of(key)
+
+# %% ../nbs/06_data.ipynb #0103
+def stack_bytes(
+    items: list,        # uint8 [3, H, W]
+) -> torch.Tensor:      # uint8 [B, 3, H, W]
+    "A batch of bytes"
+    return torch.stack(items)
+
+# %% ../nbs/06_data.ipynb #0104
+def stack_floats(
+    items: list,        # uint8 [3, H, W]
+) -> torch.Tensor:      # float [B, 3, H, W] in [0, 1]
+    "A batch of floats"
+    return to_float(torch.stack(items))
+
+# %% ../nbs/06_data.ipynb #0105
+def as_floats(
+    batch: torch.Tensor,    # uint8 or float, on any device
+) -> torch.Tensor:          # float in [0, 1], on the same device
+    "A batch of a loader as floats: bytes are divided by 255, floats stay as they are"
+    return batch.float().div_(255) if batch.dtype == torch.uint8 else batch
+
+# %% ../nbs/06_data.ipynb #0107
 def make_loaders(
     train: Images,                     # training set
     val: Images,                       # validation set, in its own order, every image once
@@ -573,10 +610,11 @@ def make_loaders(
     cache: bool = False,               # keep decoded images in shared memory (sets read from files only)
     num_workers: int | None = None,    # worker processes a loader; None: as many as cores but at most 8, and 0 for sets in memory
     pin_memory: bool | None = None,    # page-locked batches for fast copies; None: where there is a CUDA device
+    as_bytes: bool = False,            # batches of uint8, for `as_floats` on the GPU
     seed: int = 0,                     # seed of order and flips
     rank: int = 0,                     # number of this process
     world_size: int = 1,               # number of processes
-) -> tuple[DataLoader, DataLoader]:    # batches are float [B, 3, size, size] in [0, 1]
+) -> tuple[DataLoader, DataLoader]:    # batches are float [B, 3, size, size] in [0, 1], or uint8
     "Loaders for training and validation; call `loader.batch_sampler.set_epoch(epoch, start_step)` before each training epoch"
     loaders = []
     for images, training in ((train, True), (val, False)):
@@ -585,11 +623,11 @@ def make_loaders(
         if training and flip: images = RandomFlips(images, seed)
         sampler = EpochSampler(len(images), batch_size, seed, shuffle=training, drop_last=training, rank=rank, world_size=world_size)
         loaders.append(DataLoader(
-            images, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
+            ByteItems(images), batch_sampler=sampler, collate_fn=stack_bytes if as_bytes else stack_floats, num_workers=workers, persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory, generator=torch.Generator().manual_seed(seed)))
     return tuple(loaders)
 
-# %% ../nbs/06_data.ipynb #0103
+# %% ../nbs/06_data.ipynb #0108
 def worker_count(
     images: Images,     # the set to be loaded
 ) -> int:

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['HOW_TO_FETCH', 'check_images', 'mse', 'per_channel_mse', 'color_distance', 'psnr', 'psnr_of_mean_mse', 'ssim',
            'gaussian_blur', 'Lpips', 'load_lpips', 'Fid', 'to_bytes', 'load_fid', 'vq_bits', 'dl_bits',
-           'bits_per_pixel', 'ReconstructionMetrics', 'usage_counts', 'usage_summary', 'sum_over_processes']
+           'bits_per_pixel', 'ReconstructionMetrics', 'sum_over_processes']
 
 # %% ../nbs/07_metrics.ipynb #0003
 import math
 import warnings
+from inspect import signature
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
+from .bottleneck import code_usage, perplexity
 
 # %% ../nbs/07_metrics.ipynb #0007
 def check_images(
@@ -155,9 +157,12 @@ class Fid:
         device="cpu",                          # where the features are computed
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance
-        try: self.metric = FrechetInceptionDistance(feature=features or 2048, normalize=False).to(device)
+        options = {"normalize": False}
+        if "antialias" in signature(FrechetInceptionDistance).parameters: options["antialias"] = False      # resize as the original FID does
+        try: self.metric = FrechetInceptionDistance(feature=features or 2048, **options).to(device)
         except ModuleNotFoundError as error: raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip install torch-fidelity") from error
         except OSError as error: raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
+        self.metric.orig_dtype = torch.float64      # torchmetrics sets it in `update`, which a process without images never calls
         self.device = device
 
     def update(self,
@@ -180,7 +185,7 @@ def to_bytes(
     "The nearest byte; outside [0, 1]: clamped"
     return (x.clamp(0, 1) * 255).round().byte()
 
-# %% ../nbs/07_metrics.ipynb #0051
+# %% ../nbs/07_metrics.ipynb #0052
 def load_fid(
     device="cpu",       # where the features are computed
 ) -> Fid | None:        # None where the network cannot be had
@@ -188,7 +193,7 @@ def load_fid(
     try: return Fid(device=device)
     except (OSError, ModuleNotFoundError) as error: warnings.warn(f"rFID is left out: {error}", stacklevel=2)
 
-# %% ../nbs/07_metrics.ipynb #0054
+# %% ../nbs/07_metrics.ipynb #0055
 def vq_bits(
     num_embeddings: int,      # entries of the codebook, K
 ) -> int:
@@ -196,7 +201,7 @@ def vq_bits(
     if num_embeddings < 1: raise ValueError(f"num_embeddings must be at least 1, not {num_embeddings}")
     return (num_embeddings - 1).bit_length()
 
-# %% ../nbs/07_metrics.ipynb #0055
+# %% ../nbs/07_metrics.ipynb #0056
 def dl_bits(
     num_embeddings: int,            # atoms of the dictionary, K
     sparsity: int,                  # atoms in a code, S
@@ -206,7 +211,7 @@ def dl_bits(
     if sparsity < 1 or coefficient_bits < 1: raise ValueError(f"sparsity and coefficient_bits must be at least 1, not {sparsity} and {coefficient_bits}")
     return sparsity * (vq_bits(num_embeddings) + coefficient_bits)
 
-# %% ../nbs/07_metrics.ipynb #0056
+# %% ../nbs/07_metrics.ipynb #0057
 def bits_per_pixel(
     bits_per_code: float,           # from `vq_bits` or `dl_bits`
     grid: tuple[int, int],          # codes in an image: rows, columns
@@ -215,7 +220,7 @@ def bits_per_pixel(
     "Nominal bits per pixel of an image"
     return bits_per_code * grid[0] * grid[1] / (image[0] * image[1])
 
-# %% ../nbs/07_metrics.ipynb #0059
+# %% ../nbs/07_metrics.ipynb #0060
 class ReconstructionMetrics:
     "Collects batches of images, reconstructions and codes; `compute` gives every metric by name"
 
@@ -249,7 +254,8 @@ class ReconstructionMetrics:
         positions = 0
         if codes is not None:
             positions = codes.numel() if isinstance(codes, Tensor) else codes.indices[..., 0].numel()
-            self.counts += usage_counts(codes, self.num_embeddings)
+            if not self.num_embeddings: raise ValueError("codes were given without num_embeddings; make ReconstructionMetrics(num_embeddings=K)")
+            self.counts += code_usage(codes, self.num_embeddings).double().cpu()
         self.sums += torch.cat([torch.tensor([images, pixels, positions], dtype=torch.float64), errors.cpu(), distances.cpu()])
         if self.lpips is not None: self.lpips_sum += self.lpips(x.float(), y.float()).double().sum().cpu()
         if self.fid is not None: self.fid.update(x, y)
@@ -265,29 +271,11 @@ class ReconstructionMetrics:
         if self.fid is not None: results["rfid"] = self.fid.compute()
         results |= {f"mse_{name}": value / pixels for name, value in zip(("red", "green", "blue"), errors)}
         results["color_distance"] = distance / pixels
-        if positions and self.num_embeddings: results |= usage_summary(counts)
+        if positions: results |= {"usage": (counts > 0).double().mean(), "perplexity": perplexity(counts)}
         if positions and self.bits_per_code is not None: results["bits_per_pixel"] = self.bits_per_code * positions / pixels
         return {name: float(value) for name, value in results.items()}
 
 # %% ../nbs/07_metrics.ipynb #0061
-def usage_counts(
-    codes,                  # VQ indices or SparseCode
-    num_embeddings: int,    # entries or atoms
-) -> Tensor:                # float64 [K], on the CPU
-    "How often each entry or atom was used"
-    from laser.bottleneck import code_usage
-    if not num_embeddings: raise ValueError("codes were given without num_embeddings; pass ReconstructionMetrics(num_embeddings=K)")
-    return code_usage(codes, num_embeddings).double().cpu()
-
-# %% ../nbs/07_metrics.ipynb #0062
-def usage_summary(
-    counts: Tensor,          # [K]
-) -> dict[str, float]:
-    "Fraction of entries used, and perplexity"
-    from laser.bottleneck import perplexity
-    return {"usage": (counts > 0).double().mean(), "perplexity": perplexity(counts)}
-
-# %% ../nbs/07_metrics.ipynb #0063
 def sum_over_processes(
     values: Tensor,      # float64, on the CPU
 ) -> Tensor:             # the sum over all processes, on the CPU
