@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'CELEBA_LAYOUT', 'CELEBA_LAST', 'SAMPLE_BOXES', 'SAMPLE_SPLITS', 'DATASETS', 'to_rgb', 'read_rgb',
-           'square', 'pixels_of', 'to_float', 'load_image', 'random_bits', 'random_order', 'choose', 'Images',
-           'image_files', 'FolderImages', 'check_split', 'split_folder', 'celeba_root', 'celeba_partition', 'CelebA',
-           'celeba_label', 'sample_photograph', 'sample_images', 'SampleCrops', 'data_folder', 'fetch', 'Cifar10',
-           'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages',
-           'check_shared_memory', 'EpochSampler', 'ByteItems', 'stack_bytes', 'stack_floats', 'as_floats',
-           'make_loaders', 'worker_count']
+           'square', 'pixels_of', 'to_float', 'stack_bytes', 'load_image', 'random_bits', 'random_order', 'choose',
+           'Images', 'image_files', 'FolderImages', 'check_split', 'split_folder', 'celeba_root', 'celeba_partition',
+           'CelebA', 'celeba_label', 'sample_photograph', 'sample_images', 'SampleCrops', 'data_folder', 'fetch',
+           'Cifar10', 'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages',
+           'check_shared_memory', 'EpochSampler', 'ByteItems', 'stack_floats', 'as_floats', 'make_loaders',
+           'worker_count']
 
 # %% ../nbs/06_data.ipynb #0003
 import logging
@@ -77,7 +77,14 @@ def to_float(
     "Bytes to floats"
     return torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), dtype=np.float32))
 
-# %% ../nbs/06_data.ipynb #0023
+# %% ../nbs/06_data.ipynb #0022
+def stack_bytes(
+    items: list,        # uint8 [3, H, W]
+) -> torch.Tensor:      # uint8 [B, 3, H, W]
+    "A batch of images"
+    return torch.from_numpy(np.stack([item.numpy() for item in items]))
+
+# %% ../nbs/06_data.ipynb #0024
 def load_image(
     path,                      # an image file of any kind that Pillow reads
     size: int | None = None,   # side of the centred square in pixels; None keeps the whole image as it is
@@ -86,7 +93,7 @@ def load_image(
     image = read_rgb(path)
     return to_float(pixels_of(image if size is None else square(image, size)))
 
-# %% ../nbs/06_data.ipynb #0026
+# %% ../nbs/06_data.ipynb #0027
 def random_bits(
     *counters,      # integers or integer arrays that name the draw, for example seed, epoch and index
 ) -> np.ndarray:    # uint64, uniformly distributed; the shape is that of the counters broadcast together
@@ -100,7 +107,7 @@ def random_bits(
             state = state ^ (state >> np.uint64(31))
     return state
 
-# %% ../nbs/06_data.ipynb #0029
+# %% ../nbs/06_data.ipynb #0030
 def random_order(
     n: int,           # how many things to order
     *counters,        # integers that name the order, for example seed and epoch
@@ -108,7 +115,7 @@ def random_order(
     "A random permutation that is a pure function of its arguments"
     return np.argsort(random_bits(*counters, np.arange(n)), kind="stable")
 
-# %% ../nbs/06_data.ipynb #0031
+# %% ../nbs/06_data.ipynb #0032
 def choose(
     items: list,          # what to choose from
     limit: int | None,    # how many to keep; None or more than there are: all
@@ -119,7 +126,7 @@ def choose(
     if limit < 1: raise ValueError(f"limit must be at least 1, not {limit}; leave it out to take all {len(items):,} images")
     return [items[i] for i in sorted(random_order(len(items), seed)[:limit])]
 
-# %% ../nbs/06_data.ipynb #0034
+# %% ../nbs/06_data.ipynb #0035
 class Images(Dataset):
     "A set of images: item `i` is a float tensor [3, size, size] in [0, 1]"
     label = "images"     # what the set is, in words for captions and tables
@@ -142,11 +149,11 @@ class Images(Dataset):
 
     def batch(self, keys) -> torch.Tensor:
         "The items of several keys, float [B, 3, size, size]"
-        return to_float(torch.stack([self.bytes_of(key) for key in keys]))
+        return to_float(stack_bytes([self.bytes_of(key) for key in keys]))
 
     def __repr__(self) -> str: return f"{type(self).__name__}({self.label}: {len(self):,} images, {self.size}x{self.size})"
 
-# %% ../nbs/06_data.ipynb #0037
+# %% ../nbs/06_data.ipynb #0038
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def image_files(
@@ -160,7 +167,7 @@ def image_files(
     if not files: raise ValueError(f"the folder {root} holds no images; looked for files ending in {', '.join(SUFFIXES)}, in subfolders too")
     return files
 
-# %% ../nbs/06_data.ipynb #0038
+# %% ../nbs/06_data.ipynb #0039
 class FolderImages(Images):
     "The images under a folder. With `train`, `val` and `test` subfolders those are the splits; else each image is assigned by its name and the seed"
 
@@ -181,7 +188,7 @@ class FolderImages(Images):
     def __len__(self): return len(self.files)
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0040
+# %% ../nbs/06_data.ipynb #0041
 def check_split(
     split: str,                                  # what was asked for
     splits: tuple = ("train", "val", "test"),    # what there is
@@ -189,7 +196,7 @@ def check_split(
     "`ValueError` that lists the splits"
     if split not in splits: raise ValueError(f"there is no split {split!r}; choose one of {', '.join(splits)}")
 
-# %% ../nbs/06_data.ipynb #0041
+# %% ../nbs/06_data.ipynb #0042
 def split_folder(
     root: Path,            # the folder
     files: list[Path],     # all its images
@@ -206,7 +213,7 @@ def split_folder(
     tenth = max(1, len(files) // 10)
     return sorted({"val": order[:tenth], "test": order[tenth:2 * tenth], "train": order[2 * tenth:]}[split])
 
-# %% ../nbs/06_data.ipynb #0045
+# %% ../nbs/06_data.ipynb #0046
 CELEBA_LAYOUT = "img_align_celeba/000001.jpg and so on (aligned, 178x218) and, beside that folder, list_eval_partition.txt"
 CELEBA_LAST = {"train": 162_770, "val": 182_637, "test": 202_599}      # number of the last image of each partition
 
@@ -217,7 +224,7 @@ def celeba_root() -> Path | None:
     if not Path(name).expanduser().is_dir(): raise FileNotFoundError(f"CELEBA_DIR is {name}, which is no folder; set it to the folder that holds {CELEBA_LAYOUT}")
     return Path(name).expanduser()
 
-# %% ../nbs/06_data.ipynb #0047
+# %% ../nbs/06_data.ipynb #0048
 def celeba_partition(
     names: list[str],             # file names such as "000001.jpg"
     table: Path | None = None,    # list_eval_partition.txt; None or absent: by the image number
@@ -236,7 +243,7 @@ def celeba_partition(
         if not 1 <= number <= 202_599: raise ValueError(f"{name} is not a CelebA name (000001.jpg to 202599.jpg), so its partition is unknown; remove it from the folder")
     return {name: next(split for split, last in CELEBA_LAST.items() if number <= last) for name, number in numbers.items()}
 
-# %% ../nbs/06_data.ipynb #0049
+# %% ../nbs/06_data.ipynb #0050
 class CelebA(Images):
     "Aligned CelebA faces of one official partition: central 178x178 pixels, bicubic to `size`"
 
@@ -266,7 +273,7 @@ class CelebA(Images):
         if image.size != (178, 218): raise ValueError(f"{self.files[index]} is {image.size[0]}x{image.size[1]}, not 178x218; use the aligned and cropped CelebA images")
         return pixels_of(square(image, self.size))
 
-# %% ../nbs/06_data.ipynb #0050
+# %% ../nbs/06_data.ipynb #0051
 def celeba_label(
     split: str,       # partition
     present: int,     # how many of its images are in the folder
@@ -277,7 +284,7 @@ def celeba_label(
     if full: return f"CelebA {split} partition" + ("" if chosen == present else f" ({chosen:,} of {present:,})")
     return f"CelebA {split} partition (" + ("" if chosen == present else f"{chosen:,} of a ") + f"sample of {present:,})"
 
-# %% ../nbs/06_data.ipynb #0057
+# %% ../nbs/06_data.ipynb #0058
 @lru_cache(maxsize=None)
 def sample_photograph(
     name: str,          # file name, for example "astronaut.png"
@@ -289,10 +296,10 @@ def sample_photograph(
     if not path.is_file(): raise FileNotFoundError(f"this scikit-image has no photograph {name}; run: pip install 'scikit-image>=0.22'")
     return read_rgb(path)
 
-# %% ../nbs/06_data.ipynb #0059
+# %% ../nbs/06_data.ipynb #0060
 SAMPLE_BOXES = {"astronaut.png": (128, 0, 192), "chelsea.png": (130, 20, 220), "coffee.png": (100, 0, 400), "rocket.jpg": (107, 0, 427)}   # left, top, side
 
-# %% ../nbs/06_data.ipynb #0060
+# %% ../nbs/06_data.ipynb #0061
 def sample_images(
     size: int = 128,    # side in pixels
 ) -> torch.Tensor:      # float [4, 3, size, size] in [0, 1]
@@ -303,14 +310,14 @@ def sample_images(
         crops.append(pixels_of(square(crop, size)))
     return torch.stack(crops).float().div_(255)
 
-# %% ../nbs/06_data.ipynb #0064
+# %% ../nbs/06_data.ipynb #0065
 SAMPLE_SPLITS = {
     "train": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "ihc.png", "retina.jpg"),
     "val": ("chelsea.png",),
     "test": ("astronaut.png",),
 }
 
-# %% ../nbs/06_data.ipynb #0065
+# %% ../nbs/06_data.ipynb #0066
 class SampleCrops(Images):
     "Random crops of scikit-image's photographs: new ones each epoch for training, fixed ones of held-out photographs for validation and test"
     in_memory = True
@@ -339,14 +346,14 @@ class SampleCrops(Images):
         top, left = int(down * (photograph.shape[1] - self.size + 1)), int(right * (photograph.shape[2] - self.size + 1))
         return photograph[:, top:top + self.size, left:left + self.size]
 
-# %% ../nbs/06_data.ipynb #0069
+# %% ../nbs/06_data.ipynb #0070
 def data_folder(
     root=None,     # a folder; None: the environment variable LASER_DATA, else ~/.cache/laser
 ) -> Path:
     "Where downloaded image sets are kept"
     return Path(root or os.environ.get("LASER_DATA") or "~/.cache/laser").expanduser()
 
-# %% ../nbs/06_data.ipynb #0071
+# %% ../nbs/06_data.ipynb #0072
 def fetch(
     root: Path,       # folder that the images belong in
     name: str,        # name of the subfolder that the download makes
@@ -369,7 +376,7 @@ def fetch(
     raise FileNotFoundError(f"there is no {goal} ({reason}). With a network: fetch {url} and unpack it in {root}, so that {goal} holds {layout}; "
                             "or set data.root or the environment variable LASER_DATA to the folder that has it")
 
-# %% ../nbs/06_data.ipynb #0072
+# %% ../nbs/06_data.ipynb #0073
 class Cifar10(Images):
     "CIFAR-10 (Krizhevsky, 2009): 45,000 training, 5,000 validation (the last of the official training images) and 10,000 test images, 32x32"
     in_memory = True
@@ -395,7 +402,7 @@ class Cifar10(Images):
     def __len__(self): return len(self.images)
     def pixels(self, index, epoch=0): return pixels_of(square(Image.fromarray(self.images[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0079
+# %% ../nbs/06_data.ipynb #0080
 class Imagenette(Images):
     "Imagenette: 8,522 training and 947 validation images (of the official 9,469 training images) and 3,925 test images (the official validation)"
 
@@ -425,10 +432,10 @@ class Imagenette(Images):
     def __len__(self): return len(self.files)
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
-# %% ../nbs/06_data.ipynb #0082
+# %% ../nbs/06_data.ipynb #0083
 DATASETS = {"celeba": CelebA, "cifar10": Cifar10, "imagenette": Imagenette, "folder": FolderImages, "sample": SampleCrops}
 
-# %% ../nbs/06_data.ipynb #0083
+# %% ../nbs/06_data.ipynb #0084
 def get_dataset(
     name: str,                   # "celeba", "cifar10", "imagenette", "folder" or "sample"
     split: str = "train",        # "train", "val" or "test"
@@ -446,7 +453,7 @@ def get_dataset(
     if size is not None: options["size"] = size
     return DATASETS[name](split=split, limit=limit, seed=seed, **options)
 
-# %% ../nbs/06_data.ipynb #0086
+# %% ../nbs/06_data.ipynb #0087
 def load_images(
     source="auto",           # "auto": CelebA if CELEBA_DIR is set, else the sample; a name in `DATASETS`; or a folder
     n: int = 4,              # how many images, by a seeded choice
@@ -462,7 +469,7 @@ def load_images(
     if len(images) < n: raise ValueError(f"asked for {n:,} images, but the set ({images.label}) has {len(images):,}; lower n")
     return images.batch(range(n)), images.label
 
-# %% ../nbs/06_data.ipynb #0087
+# %% ../nbs/06_data.ipynb #0088
 def load_samples(
     n: int,         # how many
     size: int,      # side in pixels
@@ -479,7 +486,7 @@ def load_samples(
         crops.append(photograph[:, top:top + size, left:left + size])
     return torch.cat([images, torch.stack(crops).float().div_(255)]), f"scikit-image sample photographs (4 pictures and {n - 4:,} random crops)"
 
-# %% ../nbs/06_data.ipynb #0090
+# %% ../nbs/06_data.ipynb #0091
 class RandomFlips(Images):
     "Another set with each image mirrored left to right with probability 1/2, by (seed, epoch, index)"
 
@@ -494,9 +501,10 @@ class RandomFlips(Images):
 
     def pixels(self, index, epoch=0):
         pixels = self.images.pixels(index, epoch)
-        return pixels.flip(-1) if random_bits(self.seed, epoch, index) % np.uint64(2) else pixels
+        mirror = random_bits(self.seed, epoch, index) % np.uint64(2)
+        return torch.from_numpy(pixels.numpy()[:, :, ::-1].copy()) if mirror else pixels
 
-# %% ../nbs/06_data.ipynb #0093
+# %% ../nbs/06_data.ipynb #0094
 class CachedImages(Images):
     "Another set that keeps each image's bytes in shared memory after its first use"
     in_memory = True
@@ -516,13 +524,13 @@ class CachedImages(Images):
 
     def pixels(self, index, epoch=0):
         if not self.known[index]:
-            self.bytes[index] = self.images.pixels(index)
+            np.copyto(self.bytes[index].numpy(), self.images.pixels(index).numpy())
             self.known[index] = True
         return self.bytes[index]
 
     def __repr__(self): return f"{super().__repr__()[:-1]}, cache of {self.nbytes / 2**20:,.0f} MiB)"
 
-# %% ../nbs/06_data.ipynb #0094
+# %% ../nbs/06_data.ipynb #0095
 def check_shared_memory(
     nbytes: int,      # how much will be needed
 ) -> None:
@@ -532,7 +540,7 @@ def check_shared_memory(
     free = shutil.disk_usage("/dev/shm").free
     if nbytes > free: raise MemoryError(f"the cache needs {nbytes / 2**30:.1f} GiB of shared memory, {free / 2**30:.1f} GiB are free; turn data.cache off, use a smaller image size or limit, or enlarge /dev/shm (docker run --shm-size)")
 
-# %% ../nbs/06_data.ipynb #0097
+# %% ../nbs/06_data.ipynb #0098
 class EpochSampler:
     "Batches of (epoch, index) keys, for `DataLoader(batch_sampler=...)`; call `set_epoch` before each epoch"
 
@@ -569,7 +577,7 @@ class EpochSampler:
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share): yield [(epoch, int(index)) for index in share]
 
-# %% ../nbs/06_data.ipynb #0102
+# %% ../nbs/06_data.ipynb #0103
 class ByteItems(Images):
     "Another set whose items are uint8 [3, size, size]: what a loader's workers prepare"
     def __init__(self,
@@ -580,19 +588,12 @@ class ByteItems(Images):
     def pixels(self, index, epoch=0): return self.images.pixels(index, epoch)
     def __getitem__(self, key): return self.bytes_of(key)
 
-# %% ../nbs/06_data.ipynb #0103
-def stack_bytes(
-    items: list,        # uint8 [3, H, W]
-) -> torch.Tensor:      # uint8 [B, 3, H, W]
-    "A batch of bytes"
-    return torch.stack(items)
-
 # %% ../nbs/06_data.ipynb #0104
 def stack_floats(
     items: list,        # uint8 [3, H, W]
 ) -> torch.Tensor:      # float [B, 3, H, W] in [0, 1]
     "A batch of floats"
-    return to_float(torch.stack(items))
+    return to_float(stack_bytes(items))
 
 # %% ../nbs/06_data.ipynb #0105
 def as_floats(
