@@ -23,14 +23,21 @@ def check_images(
     value_range=(0.0, 1.0),       # least and largest value allowed; None: any
 ) -> tuple[Tensor, Tensor]:       # both in float64
     "Check shapes, type, finiteness and range (to 1e-5); `ValueError` says how to mend what is wrong"
-    if x.shape != y.shape: raise ValueError(f"images {list(x.shape)} and reconstructions {list(y.shape)} differ in shape; pass pairs of the same size")
-    if x.ndim != 4 or x.shape[1] != 3 or x.numel() == 0: raise ValueError(f"expected images [B, 3, H, W], got {list(x.shape)}; add a batch dimension with x[None], or move the channels first")
+    if x.shape != y.shape:
+        raise ValueError(f"images {list(x.shape)} and reconstructions {list(y.shape)} differ in shape; "
+                         "pass pairs of the same size")
+    if x.ndim != 4 or x.shape[1] != 3 or x.numel() == 0:
+        raise ValueError(f"expected images [B, 3, H, W], got {list(x.shape)}; add a batch dimension with x[None], or "
+                         "move the channels first")
     for name, images in (("images", x), ("reconstructions", y)):
-        if not images.is_floating_point(): raise ValueError(f"the {name} have type {images.dtype}; divide bytes by 255 to get floats in [0, 1]")
+        if not images.is_floating_point():
+            raise ValueError(f"the {name} have type {images.dtype}; divide bytes by 255 to get floats in [0, 1]")
         least, largest = (value.item() for value in images.detach().aminmax())
-        if not (math.isfinite(least) and math.isfinite(largest)): raise ValueError(f"the {name} contain NaN or infinite values; look for the model or file that made them")
+        if not (math.isfinite(least) and math.isfinite(largest)):
+            raise ValueError(f"the {name} contain NaN or infinite values; look for the model or file that made them")
         if value_range is not None and (least < value_range[0] - 1e-5 or largest > value_range[1] + 1e-5):
-            raise ValueError(f"the {name} lie in [{least:.4g}, {largest:.4g}], outside {list(value_range)}; map [-1, 1] to [0, 1] with (x + 1) / 2, and clamp reconstructions with y.clamp(0, 1)")
+            raise ValueError(f"the {name} lie in [{least:.4g}, {largest:.4g}], outside {list(value_range)}; "
+                             "map [-1, 1] to [0, 1] with (x + 1) / 2, and clamp reconstructions with y.clamp(0, 1)")
     if x.device.type == "mps": x, y = x.cpu(), y.cpu()      # Apple's GPUs have no float64
     return x.double(), y.double()
 
@@ -86,9 +93,11 @@ def ssim(
     x: Tensor,      # images [B, 3, H, W] in [0, 1], H and W at least 11
     y: Tensor,      # reconstructions of the same shape
 ) -> Tensor:        # float64 [B], at most 1
-    "Structural similarity of each image: Gaussian window, sigma 1.5, mean over the channels and over the windows inside the image"
+    "Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and over the windows inside the image"
     x, y = check_images(x, y)
-    if min(x.shape[2:]) < 11: raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}; use larger images or leave SSIM out")
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}; "
+                         "use larger images or leave SSIM out")
     x_mean, y_mean = gaussian_blur(x), gaussian_blur(y)                       # [B, 3, H-10, W-10]
     x_var = gaussian_blur(x * x) - x_mean * x_mean
     y_var = gaussian_blur(y * y) - y_mean * y_mean
@@ -117,9 +126,11 @@ class Lpips(nn.Module):
         pretrained: bool = True,    # False: random weights, to test the wiring; the values then mean nothing
     ):
         super().__init__()
-        if net not in ("alex", "vgg", "squeeze"): raise ValueError(f"LPIPS has no network {net!r}; choose alex, vgg or squeeze")
+        if net not in ("alex", "vgg", "squeeze"):
+            raise ValueError(f"LPIPS has no network {net!r}; choose alex, vgg or squeeze")
         try: import lpips
-        except ImportError as error: raise ModuleNotFoundError("LPIPS needs the package lpips; run: pip install lpips") from error
+        except ImportError as error:
+            raise ModuleNotFoundError("LPIPS needs the package lpips; run: pip install lpips") from error
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")      # lpips calls torchvision by outdated argument names
@@ -128,12 +139,16 @@ class Lpips(nn.Module):
             raise OSError(f"the pretrained {net} network of LPIPS could not be fetched ({error}). {HOW_TO_FETCH}") from error
         self.network.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True): return super().train(False)      # its dropout stays off inside a model that is trained
+    def train(self, mode: bool = True):
+        "Stay in evaluation mode: dropout would make the distance random inside a model that is trained"
+        return super().train(False)
 
     def forward(self,
         x: Tensor,      # images [B, 3, H, W] in [0, 1]
         y: Tensor,      # reconstructions of the same shape
     ) -> Tensor:        # [B], 0 for equal images
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"LPIPS needs images of at least 32x32 pixels, got {x.shape[2]}x{x.shape[3]}; leave it out")
         return self.network(2 * x - 1, 2 * y - 1).flatten()
 
 # %% ../nbs/07_metrics.ipynb #0037
@@ -153,16 +168,20 @@ class Fid:
     "Fréchet distance between the Inception features of images and of reconstructions (torchmetrics; extra `fid`)"
 
     def __init__(self,
-        features: nn.Module | None = None,     # uint8 [B, 3, H, W] -> [B, F]; None: Inception v3 with the weights of the original FID
+        features: nn.Module | None = None,     # uint8 [B, 3, H, W] -> [B, F]; None: Inception v3, the original FID's weights
         device="cpu",                          # where the features are computed
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance
         options = {"normalize": False}
-        if "antialias" in signature(FrechetInceptionDistance).parameters: options["antialias"] = False      # resize as the original FID does
+        if "antialias" in signature(FrechetInceptionDistance).parameters:
+            options["antialias"] = False      # resize as the original FID does; older versions know nothing else
         try: self.metric = FrechetInceptionDistance(feature=features or 2048, **options).to(device)
-        except ModuleNotFoundError as error: raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip install torch-fidelity") from error
-        except OSError as error: raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
-        self.metric.orig_dtype = torch.float64      # torchmetrics sets it in `update`, which a process without images never calls
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip "
+                                      "install torch-fidelity") from error
+        except OSError as error:
+            raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
+        self.metric.orig_dtype = torch.float64      # else missing in a process that gets no images
         self.device = device
 
     def update(self,
@@ -208,7 +227,8 @@ def dl_bits(
     coefficient_bits: int = 32,     # bits of a coefficient, b; 32: continuous coefficients
 ) -> int:
     "Bits of one sparse code"
-    if sparsity < 1 or coefficient_bits < 1: raise ValueError(f"sparsity and coefficient_bits must be at least 1, not {sparsity} and {coefficient_bits}")
+    if sparsity < 1 or coefficient_bits < 1:
+        raise ValueError(f"sparsity and coefficient_bits must be at least 1, not {sparsity} and {coefficient_bits}")
     return sparsity * (vq_bits(num_embeddings) + coefficient_bits)
 
 # %% ../nbs/07_metrics.ipynb #0057
@@ -235,10 +255,11 @@ class ReconstructionMetrics:
 
     def reset(self) -> None:
         "Forget all batches"
-        self.sums = torch.zeros(9, dtype=torch.float64)      # images, pixels, codes, squared error R, G, B, colour distance, PSNR, SSIM
-        self.lpips_sum = torch.zeros(1, dtype=torch.float64)
+        self.sums = dict.fromkeys(self.names, 0.0)
         self.counts = torch.zeros(self.num_embeddings or 0, dtype=torch.float64)
         if self.fid is not None: self.fid.reset()
+
+    names = ("images", "pixels", "codes", "mse_red", "mse_green", "mse_blue", "color_distance", "psnr", "ssim", "lpips")
 
     @torch.no_grad()
     def update(self,
@@ -248,32 +269,39 @@ class ReconstructionMetrics:
     ) -> None:
         "Take in one batch"
         x, y = check_images(x.float(), y.float().clamp(0, 1))
-        images, pixels = len(x), len(x) * x.shape[2] * x.shape[3]
-        distances = torch.stack([color_distance(x, y) * pixels, psnr(x, y).sum(), ssim(x, y).sum()])
-        errors = per_channel_mse(x, y) * pixels
-        positions = 0
+        batch = {"images": len(x), "pixels": len(x) * x.shape[2] * x.shape[3]}
         if codes is not None:
-            positions = codes.numel() if isinstance(codes, Tensor) else codes.indices[..., 0].numel()
-            if not self.num_embeddings: raise ValueError("codes were given without num_embeddings; make ReconstructionMetrics(num_embeddings=K)")
-            self.counts += code_usage(codes, self.num_embeddings).double().cpu()
-        self.sums += torch.cat([torch.tensor([images, pixels, positions], dtype=torch.float64), errors.cpu(), distances.cpu()])
-        if self.lpips is not None: self.lpips_sum += self.lpips(x.float(), y.float()).double().sum().cpu()
+            if not self.num_embeddings:
+                raise ValueError("codes were given without num_embeddings; make ReconstructionMetrics(num_embeddings=K)")
+            counts = code_usage(codes, self.num_embeddings).double().cpu()
+            batch["codes"] = codes.numel() if isinstance(codes, Tensor) else codes.indices[..., 0].numel()
+        errors = per_channel_mse(x, y).tolist()
+        batch |= {f"mse_{name}": error * batch["pixels"] for name, error in zip(("red", "green", "blue"), errors)}
+        batch["color_distance"] = float(color_distance(x, y)) * batch["pixels"]
+        batch["psnr"], batch["ssim"] = float(psnr(x, y).sum()), float(ssim(x, y).sum())
+        if self.lpips is not None: batch["lpips"] = float(self.lpips(x.float(), y.float()).sum())
         if self.fid is not None: self.fid.update(x, y)
+        for name, value in batch.items(): self.sums[name] += value        # only now: a batch counts wholly or not at all
+        if codes is not None: self.counts += counts
 
     def compute(self) -> dict[str, float]:
         "Metric by name, over all batches of all processes"
-        total = sum_over_processes(torch.cat([self.sums, self.lpips_sum, self.counts]))
-        (images, pixels, positions), errors, (distance, psnrs, ssims, lpips), counts = total[:3], total[3:6], total[6:10], total[10:]
+        own = torch.tensor([self.sums[name] for name in self.names], dtype=torch.float64)
+        total = sum_over_processes(torch.cat([own, self.counts]))
+        sums, counts = dict(zip(self.names, total.tolist())), total[len(own):]
+        images, pixels = sums["images"], sums["pixels"]
         if not images: raise ValueError("no images were measured; call update(x, y, codes) for each batch first")
-        error = errors.mean() / pixels
-        results = {"images": images, "mse": error, "psnr": psnrs / images, "psnr_of_mean_mse": -10 * error.log10(), "ssim": ssims / images}
-        if self.lpips is not None: results["lpips"] = lpips / images
+        channels = {name: sums[name] / pixels for name in ("mse_red", "mse_green", "mse_blue")}
+        error = sum(channels.values()) / 3
+        results = {"images": images, "mse": error, "psnr": sums["psnr"] / images}
+        results["psnr_of_mean_mse"] = -10 * math.log10(error) if error else math.inf
+        results["ssim"] = sums["ssim"] / images
+        if self.lpips is not None: results["lpips"] = sums["lpips"] / images
         if self.fid is not None: results["rfid"] = self.fid.compute()
-        results |= {f"mse_{name}": value / pixels for name, value in zip(("red", "green", "blue"), errors)}
-        results["color_distance"] = distance / pixels
-        if positions: results |= {"usage": (counts > 0).double().mean(), "perplexity": perplexity(counts)}
-        if positions and self.bits_per_code is not None: results["bits_per_pixel"] = self.bits_per_code * positions / pixels
-        return {name: float(value) for name, value in results.items()}
+        results |= channels | {"color_distance": sums["color_distance"] / pixels}
+        if sums["codes"]: results |= {"usage": float((counts > 0).double().mean()), "perplexity": float(perplexity(counts))}
+        if sums["codes"] and self.bits_per_code is not None: results["bits_per_pixel"] = self.bits_per_code * sums["codes"] / pixels
+        return results
 
 # %% ../nbs/07_metrics.ipynb #0061
 def sum_over_processes(
