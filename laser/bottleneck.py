@@ -387,7 +387,8 @@ def from_patches(
 # %% ../nbs/03_bottleneck.ipynb #0064
 def _on_sphere(dictionary):
     "Atoms [M, K] over their norms, with the derivative of that; an atom of unit norm keeps its bits."
-    norm = torch.linalg.vector_norm(dictionary, dim=0, keepdim=True)
+    peak = dictionary.detach().abs().amax(dim=0, keepdim=True).clamp_min(torch.finfo(dictionary.dtype).tiny)
+    norm = torch.linalg.vector_norm(dictionary / peak, dim=0, keepdim=True) * peak     # a wild step must not overflow
     near = (norm - 1).abs() <= 16 * torch.finfo(dictionary.dtype).eps
     return dictionary / torch.where(near, norm - norm.detach() + 1, norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
@@ -449,19 +450,25 @@ class DictionaryLearning(_Bottleneck):
         dictionary = self._parameters.get("dictionary")
         if dictionary is None: raise AttributeError("dictionary")          # before it is registered
         if torch.compiler.is_compiling(): return dictionary
-        if self._unit != (id(dictionary), dictionary._version):
+        version = lambda: (id(dictionary), None if dictionary.is_inference() else dictionary._version)
+        if self._unit != version():
             with torch.no_grad(): dictionary.copy_(_on_sphere(dictionary))
-            self._unit = (id(dictionary), dictionary._version)
+            self._unit = version()
         return dictionary
+
+    def _save_to_state_dict(self, *args):
+        self.normalize_()
+        super()._save_to_state_dict(*args)
 
     def normalize_(self) -> None:
         "Scale the atoms back to unit norm, as reading `dictionary` does: for a training loop that says so after its step."
         self.dictionary
 
     def _atoms(self):
-        "Atoms in float32 at least; in training a copy, so that revival can move the parameter while the graph keeps its own."
-        atoms = self.dictionary.to(torch.promote_types(self.dictionary.dtype, torch.float32))
-        return _on_sphere(atoms.clone() if self.training else atoms)
+        "Unit atoms [M, K] for one forward pass, in float32 at least. The parameter itself is left alone."
+        atoms = self._parameters["dictionary"]
+        if torch.is_grad_enabled(): atoms = atoms.clone()    # the graph keeps this copy, so the parameter may be moved in place
+        return _on_sphere(atoms.to(torch.promote_types(atoms.dtype, torch.float32)))
 
     def _code(self, signals, atoms, track=False):
         "Sparse codes [N, S] of signals [N, M], rounded if so asked, with the gradient of the refit if so asked."
@@ -538,6 +545,7 @@ class DictionaryLearning(_Bottleneck):
         "Move the average usage by one batch, then revive the dead."
         counts = _over_processes(code_usage(code, self.num_embeddings))
         self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 0.01)
+        self.normalize_()
         if self.revive_below: self._revive(signals, decoded)
         self._end_step()
 
