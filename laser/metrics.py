@@ -29,6 +29,7 @@ def check_images(
     if x.ndim != 4 or x.shape[1] != 3 or x.numel() == 0:
         raise ValueError(f"expected images [B, 3, H, W], got {list(x.shape)}; add a batch dimension with x[None], or "
                          "move the channels first")
+    if x.device != y.device: raise ValueError(f"the images are on {x.device}, the reconstructions on {y.device}; move both to one")
     for name, images in (("images", x), ("reconstructions", y)):
         if not images.is_floating_point():
             raise ValueError(f"the {name} have type {images.dtype}; divide bytes by 255 to get floats in [0, 1]")
@@ -135,7 +136,7 @@ class Lpips(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")      # lpips calls torchvision by outdated argument names
                 self.network = lpips.LPIPS(net=net, pnet_rand=not pretrained, verbose=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise OSError(f"the pretrained {net} network of LPIPS could not be fetched ({error}). {HOW_TO_FETCH}") from error
         self.network.eval().requires_grad_(False)
 
@@ -179,7 +180,7 @@ class Fid:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip "
                                       "install torch-fidelity") from error
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
         self.metric.orig_dtype = torch.float64      # else missing in a process that gets no images
         self.device = device
