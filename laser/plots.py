@@ -251,12 +251,12 @@ def plot_channels(
     styles = [dict(color=COLORS["original"], lw=1.8, label="original"), dict(color=COLORS["vq"], ls="--", lw=1.3, label=names[0]),
               dict(color=COLORS["dl"], ls=":", lw=1.8, label=names[1])]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(9.2, 4.6), sharex=True, sharey="row", layout="constrained", height_ratios=[2, 1])
+        figure, axes = plt.subplots(2, 3, figsize=(9.2, 4.8), sharex=True, sharey="row", layout="constrained", height_ratios=[2, 1])
         for channel, name in enumerate(("Red", "Green", "Blue")):
             for curve, style in zip(curves, styles): axes[0, channel].plot(curve[channel], **style)
             for curve, style in zip(curves[1:], styles[1:]): axes[1, channel].plot(curve[channel] - curves[0][channel], **style)
             mse = [(c[channel] - curves[0][channel]).square().mean().item() for c in curves[1:]]
-            axes[0, channel].set_title(f"{name}: MSE {names[0]} {mse[0]:.2g}, {names[1]} {mse[1]:.2g}")
+            axes[0, channel].set_title(f"{name}\nMSE: {names[0]} {mse[0]:.2g}; {names[1]} {mse[1]:.2g}")
             axes[1, channel].axhline(0, color=COLORS["neutral"], lw=0.8, zorder=0)
             axes[1, channel].set_xlabel("column (pixels)")
         axes[0, 0].set_ylabel(f"value on {_range_name(range_width)}"); axes[1, 0].set_ylabel("error")
