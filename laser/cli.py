@@ -239,8 +239,9 @@ def plan_runs(
     "Which runs to make, in order."
     from laser.training import config_from_dict, find_checkpoint
     if not given.train.resume:
-        folder = Path(given.output_dir)
-        return folder, [(replace(given, model=m, output_dir=str(folder/m.type)), None) for m in split_model(given.model)]
+        folder, models = Path(given.output_dir), split_model(given.model)
+        if len(models) == 1: return folder, [(given, None)]
+        return folder, [(replace(given, model=m, output_dir=str(folder/m.type)), None) for m in models]
     place = Path(given.train.resume).expanduser()
     if not (place/"job.json").is_file():  # one run, or one checkpoint
         checkpoint = find_checkpoint(place)

@@ -757,7 +757,8 @@ def fit(
 
     # --- train ----------------------------------------------------------------------------------------------------
     with StopSignal() as stop, bar:
-        while at.epoch < t.max_epochs and at.step < total_steps:
+        patience = math.inf if t.early_stopping_patience is None else t.early_stopping_patience
+        while at.epoch < t.max_epochs and at.step < total_steps and watch.bad_epochs < patience:
             model.train()
             sampler.set_epoch(at.epoch, at.batch)
             began = tick = epoch_began = time.perf_counter()
@@ -811,8 +812,8 @@ def fit(
                 break
 
             # --- end of an epoch: validate, log, draw, save -----------------------------------------------------------
-            sums = torch.tensor([at.loss, at.mse, at.batches], dtype=torch.float64)
-            train_loss, train_mse, _ = (sum_over_processes(sums)/sum_over_processes(sums[2:])).tolist()
+            sums = sum_over_processes(torch.tensor([at.loss, at.mse, at.batches], dtype=torch.float64))
+            train_loss, train_mse = (sums[:2]/sums[2]).tolist()
             with fabric.autocast(): results = evaluate(judged, val_loader, device)
             row = dict(epoch=at.epoch + 1, step=at.step, train_loss=train_loss, train_psnr=psnr_of_loss(train_mse),
                        **{f"val_{k}": v for k, v in results.items() if k != "images"}, learning_rate=lr_now(optimizer),
@@ -830,7 +831,6 @@ def fit(
                 slope.scale, slope.bad_epochs = slope.scale*t.plateau_factor, 0
             if at.batch == batches: at.next_epoch()         # not so if max_steps ended the run within an epoch
             save(value)
-            if t.early_stopping_patience is not None and watch.bad_epochs >= t.early_stopping_patience: break
 
     if logs: logs.close()
     if stopped and is_first: print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"

@@ -1,0 +1,51 @@
+"""Two processes with half a batch each learn what one process learns with the whole batch (gloo, on the CPU)."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from laser.training import find_checkpoint
+
+RUN = """
+import sys
+import torch
+from laser.training import *
+if __name__ == "__main__":
+    folder, model, devices = sys.argv[1:4]
+    sizes = dict(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
+    config = Config(
+        model=VQVAEConfig(**sizes, revive_below=0.3) if model == "vqvae" else DLVAEConfig(**sizes, sparsity_level=2, revive_below=0.3),
+        data=DataConfig(dataset="sample", image_size=32, batch_size=8, num_workers=0, limit=48, limit_val=9),
+        train=TrainConfig(max_epochs=1, warmup_steps=2, learning_rate=1e-3, progress=False, accelerator="cpu", devices=devices, pictures=0),
+        output_dir=folder)
+    torch.set_num_threads(1)
+    fit(config)
+"""
+
+
+def start(tmp_path, name, model, devices):
+    script = tmp_path/"run.py"
+    script.write_text(RUN)
+    result = subprocess.run([sys.executable, str(script), str(tmp_path/name), model, devices], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    checkpoint = find_checkpoint(tmp_path/name)
+    header, line = (tmp_path/name/"metrics.csv").read_text().splitlines()
+    return load_file(checkpoint/"model.safetensors"), dict(zip(header.split(","), line.split(","))), torch.load(checkpoint/"training.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("model", ["vqvae", "dlvae"])
+def test_two_processes_learn_what_one_learns(model, tmp_path):
+    one, one_row, _ = start(tmp_path, "one", model, "1")
+    two, two_row, state = start(tmp_path, "two", model, "2")
+    assert len(state["rng"]) == 2                                          # each process has generators of its own
+    assert one_row["step"] == two_row["step"] == "6"
+    for name, weights in one.items():
+        # sums over a batch are added up in another order, so to rounding, not to the bit
+        assert torch.allclose(weights.float(), two[name].float(), rtol=2e-3, atol=2e-4), name
+    assert torch.equal(one["bottleneck.steps"], two["bottleneck.steps"])
+    for column in ("train_loss", "val_loss", "val_mse", "val_psnr", "val_ssim"):
+        assert float(one_row[column]) == pytest.approx(float(two_row[column]), rel=2e-3), column
+    assert float(one_row["val_bits_per_pixel"]) == float(two_row["val_bits_per_pixel"])
