@@ -835,8 +835,8 @@ def fit(
     if logs: logs.close()
     if stopped and is_first: print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"
                                    f"Go on with: laser_train train.resume={folder}")
-    named = lambda name: checkpoints.folder/name if name else None
-    return FitResult(folder, not stopped, at.step, at.seconds, row, named(checkpoints.best), named(checkpoints.last))
+    best, last = (checkpoints.folder/name if name else None for name in fabric.broadcast((checkpoints.best, checkpoints.last)))
+    return FitResult(folder, not stopped, at.step, at.seconds, row, best, last)
 
 # %% ../nbs/08_training.ipynb #0130
 def profile_step(
