@@ -176,6 +176,16 @@ def _worst(x, errors, count):
     return best[:, 0], best[:, 1:]
 
 # %% ../nbs/03_bottleneck.ipynb #0040
+def _finite(x):
+    "False if `x` holds NaN or infinity. Not asked on a GPU, where the answer would have to be waited for."
+    if x.device.type != "cpu" or torch.compiler.is_compiling(): return True
+    x = x.detach()
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())     # the sum is quicker, but may overflow
+
+# %% ../nbs/03_bottleneck.ipynb #0042
+_USAGE_DECAY = 0.99  # of the average usage, where no decay is given
+
+# %% ../nbs/03_bottleneck.ipynb #0043
 def _check_options(num_embeddings, embedding_dim, commitment_cost, revive_below, init):
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError(f"num_embeddings and embedding_dim must be at least 1, got {num_embeddings} and {embedding_dim}")
@@ -184,7 +194,7 @@ def _check_options(num_embeddings, embedding_dim, commitment_cost, revive_below,
     if init not in ("kmeans", "data", "random"):
         raise ValueError(f"init must be 'kmeans', 'data' or 'random', got {init!r}")
 
-# %% ../nbs/03_bottleneck.ipynb #0041
+# %% ../nbs/03_bottleneck.ipynb #0044
 class _Bottleneck(nn.Module):
     "Checks, first placing of the entries, seeded draws and usage: what `VectorQuantizer` and `DictionaryLearning` share."
 
@@ -223,7 +233,7 @@ class _Bottleneck(nn.Module):
                              f"or build it with embedding_dim={z.shape[1] if z.ndim == 4 else '<channels>'}")
         if not z.is_floating_point(): raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
         if self.training and z.numel() == 0: raise ValueError(f"the latents are empty, {list(z.shape)}: nothing to learn from; skip this batch")
-        if z.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(z).all():
+        if not _finite(z):
             raise ValueError("the latents hold NaN or infinity: lower the learning rate, clip the gradient, "
                              "or, in float16, use a loss scaler; torch.autograd.set_detect_anomaly(True) finds the first one")
         return z.to(torch.promote_types(self.ema_counts.dtype, torch.float32))
@@ -251,7 +261,7 @@ class _Bottleneck(nn.Module):
         "Number of entries in effective use, from the running average of usage."
         return perplexity(self.ema_counts)
 
-# %% ../nbs/03_bottleneck.ipynb #0043
+# %% ../nbs/03_bottleneck.ipynb #0046
 def smoothed_counts(
     counts: Tensor,  # [K], running averages of the counts
     epsilon: float = 1e-5,  # what each entry is given on top
@@ -260,7 +270,7 @@ def smoothed_counts(
     total = counts.sum()
     return (counts + epsilon) / (total + len(counts) * epsilon) * total
 
-# %% ../nbs/03_bottleneck.ipynb #0046
+# %% ../nbs/03_bottleneck.ipynb #0049
 class VectorQuantizer(_Bottleneck):
     """Nearest entry of a codebook, straight-through. Source: van den Oord, Vinyals and Kavukcuoglu 2017.
 
@@ -343,7 +353,7 @@ class VectorQuantizer(_Bottleneck):
         counts = torch.zeros_like(self.ema_counts).index_add_(0, indices, torch.ones_like(rows[:, 0]).to(self.ema_counts.dtype))
         sums = torch.zeros_like(self.codebook).index_add_(0, indices, rows.to(self.codebook.dtype))
         batch = _over_processes(torch.cat([counts[:, None], sums], dim=1))     # [K, 1 + D], one message
-        self.ema_counts.lerp_(batch[:, 0], 1 - (self.decay or 0.99))
+        self.ema_counts.lerp_(batch[:, 0], 1 - (self.decay or _USAGE_DECAY))
         if self.decay:
             self.ema_sums.lerp_(batch[:, 1:], 1 - self.decay)
             self.codebook.copy_(self.ema_sums / smoothed_counts(self.ema_counts, self.epsilon)[:, None])
@@ -362,7 +372,7 @@ class VectorQuantizer(_Bottleneck):
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, commitment_cost={self.commitment_cost}, decay={self.decay}, init={self.init!r}"
 
-# %% ../nbs/03_bottleneck.ipynb #0060
+# %% ../nbs/03_bottleneck.ipynb #0063
 def to_patches(
     z: Tensor,  # [B, D, H, W], H and W multiples of p
     patch_size: int,  # p
@@ -374,7 +384,7 @@ def to_patches(
         raise ValueError(f"latents of {H}x{W} cannot be cut into {p}x{p} patches; choose a patch_size that divides both, or pad or crop the images")
     return z.reshape(B, D, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p, W // p, D * p * p)
 
-# %% ../nbs/03_bottleneck.ipynb #0061
+# %% ../nbs/03_bottleneck.ipynb #0064
 def from_patches(
     patches: Tensor,  # [B, H/p, W/p, D*p*p]
     patch_size: int,  # p
@@ -382,9 +392,9 @@ def from_patches(
     "The inverse of `to_patches`, exact."
     B, h, w, M = patches.shape
     p = patch_size
-    return patches.reshape(B, h, w, M // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, M // p**2, h * p, w * p)
+    return patches.reshape(B, h, w, M // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, M // p**2, h * p, w * p).contiguous()
 
-# %% ../nbs/03_bottleneck.ipynb #0064
+# %% ../nbs/03_bottleneck.ipynb #0067
 def _on_sphere(dictionary):
     "Atoms [M, K] over their norms, with the derivative of that; an atom of unit norm keeps its bits."
     peak = dictionary.detach().abs().amax(dim=0, keepdim=True).clamp_min(torch.finfo(dictionary.dtype).tiny)
@@ -392,7 +402,7 @@ def _on_sphere(dictionary):
     near = (norm - 1).abs() <= 16 * torch.finfo(dictionary.dtype).eps
     return dictionary / torch.where(near, norm - norm.detach() + 1, norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
-# %% ../nbs/03_bottleneck.ipynb #0067
+# %% ../nbs/03_bottleneck.ipynb #0070
 def coherence(
     dictionary: Tensor,  # [M, K], unit-norm atoms in columns
 ) -> Tensor:  # scalar, 0 (orthogonal atoms) to 1 (all parallel)
@@ -402,7 +412,7 @@ def coherence(
     diagonal = dictionary.square().sum(0).square().sum()                        # K for unit atoms
     return (small.square().sum() - diagonal).clamp_min(0) / max(K * (K - 1), 1)
 
-# %% ../nbs/03_bottleneck.ipynb #0070
+# %% ../nbs/03_bottleneck.ipynb #0073
 class DictionaryLearning(_Bottleneck):
     """A sum of at most S atoms of a learned dictionary for each latent or patch of latents.
 
@@ -424,7 +434,7 @@ class DictionaryLearning(_Bottleneck):
         coefficient_bits: int | None = None,  # bits of a coefficient, really rounded; None: continuous coefficients
         coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms
         init: str = "data",  # first atoms: "data" or "kmeans" (of the first training batch) or "random"
-        revive_below: float = 0.1,  # an atom used less than this part of an equal share is dead; 0: never
+        revive_below: float = 0.3,  # an atom used less than this part of an equal share is dead; 0: never
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, init, revive_below, seed)
@@ -472,8 +482,11 @@ class DictionaryLearning(_Bottleneck):
 
     def _code(self, signals, atoms, track=False):
         "Sparse codes [N, S] of signals [N, M], rounded if so asked, with the gradient of the refit if so asked."
+        if not _finite(atoms):
+            raise ValueError("the dictionary holds NaN or infinity: lower the learning rate or clip the gradient, and go back to a checkpoint")
         with torch.no_grad():
-            code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level, method=self.method, diversity=self.diversity)
+            code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level, method=self.method, diversity=self.diversity,
+                             check_finite=False)                           # both have just been looked at
             if track: self._track_limits(code)
         if self.gradient == "refit" and torch.is_grad_enabled():
             code = SparseCode(code.indices, straight_through(refit(signals, atoms, code.indices), code.values))
@@ -544,7 +557,7 @@ class DictionaryLearning(_Bottleneck):
     def _learn(self, signals, decoded, code):
         "Move the average usage by one batch, then revive the dead."
         counts = _over_processes(code_usage(code, self.num_embeddings))
-        self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 0.01)
+        self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - _USAGE_DECAY)
         self.normalize_()
         if self.revive_below: self._revive(signals, decoded)
         self._end_step()
