@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAGS_WITH_VALUE', 'QUICK_START', 'NAMES', 'SHEET_ROWS', 'rewrite_types', 'quoted', 'flags_first', 'rewrite_paths',
-           'add_quick_start', 'job_classes', 'split_model', 'valid_names', 'run_command', 'fail', 'hydra_settings',
-           'train_job_class', 'as_config', 'resumed_config', 'plan_runs', 'versions', 'write_results',
+           'add_quick_start', 'job_classes', 'split_model', 'valid_names', 'run_command', 'fail', 'key_lines',
+           'hydra_settings', 'train_job_class', 'as_config', 'resumed_config', 'plan_runs', 'versions', 'write_results',
            'comparison_figure', 'train_job', 'check_model_fits', 'train', 'evaluate_job_class', 'find_models',
            'data_of', 'pick_device', 'evaluate_job', 'evaluate', 'reconstruct_job_class', 'output_names',
            'crop_to_multiple', 'sheet_figure', 'reconstruct_job', 'trained_size', 'reconstruct', 'compare_job_class',
@@ -172,23 +172,52 @@ def fail(name, error, code=1):
     return code
 
 # %% ../nbs/12_cli.ipynb #0032
+def key_lines(
+    cls,               # a dataclass of a group or of a whole configuration
+    prefix: str = "",  # before each key: the group and a dot
+) -> list[str]:  # one line a key: name=default and what it means
+    "The keys of a dataclass, explained."
+    import inspect, re
+    from dataclasses import MISSING, is_dataclass
+    def source(c):
+        try: return inspect.getsource(c)
+        except (OSError, TypeError): return ""  # a class typed into a terminal
+    sources, lines = [source(c) for c in cls.__mro__ if c is not object], []
+    for f in fields(cls):
+        if f.name in ("defaults", "hydra", "type") or f.default == "???": continue
+        if is_dataclass(f.default_factory):
+            lines += key_lines(f.default_factory, f"{prefix}{f.name}.")
+            continue
+        found = (re.search(rf"^\s+{f.name}: [^#\n]*#\s*(.*)$", text, re.M) for text in sources)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        shown = "..." if "${" in str(default) else {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
+        lines.append(f"  {f'{prefix}{f.name}={shown}':<36} {next((m.group(1) for m in found if m), '')}".rstrip())
+    return lines
+
+# %% ../nbs/12_cli.ipynb #0035
 def hydra_settings(
     name: str,       # of the command
     folder: str,     # under outputs/ and multirun/
     text: str,       # what the command does, and examples
-    groups: dict,    # group -> options
+    groups: dict,    # group -> option -> dataclass or an object of it
+    job,             # dataclass of the whole configuration
 ) -> dict:  # goes into the field `hydra` of the job's dataclass
     "Output folders and the help text."
-    choices = "\n".join(f"  {group}={'|'.join(options)}" for group, options in groups.items() if len(options) > 1)
-    groups_text = f"Groups to choose from (group=option):\n{choices}\n\n" if choices else ""
-    template = (f"{text}\n\n{groups_text}Keys and what they are now (change any with key=value):\n\n$CONFIG\n"
-                "--cfg job shows the configuration and stops; -m key=a,b runs once with each value.\n"
-                f"Results go to outputs/{folder}/DATE_TIME; hydra.run.dir=FOLDER sets another place.\n")
-    return dict(run=dict(dir=f"outputs/{folder}/${{now:%Y-%m-%d_%H-%M-%S}}"), sweep=dict(dir=f"multirun/{folder}/${{now:%Y-%m-%d_%H-%M-%S}}"),
-                job=dict(name=name, chdir=False), help=dict(app_name=name, template=template),
-                job_logging=dict(disable_existing_loggers=False))
+    parts = [text]
+    choices = [f"  {group}={'|'.join(options)}" for group, options in groups.items() if len(options) > 1]
+    if choices: parts.append("\n".join(["Groups to choose from:", *choices]))
+    keys = key_lines(job)
+    for group, options in groups.items():
+        node = list(options.values())[-1 if group == "model" else 0]          # of the models: both, which has every key
+        keys += key_lines(node if isinstance(node, type) else type(node), f"{group}.")
+    parts.append("\n".join(["Keys, their defaults and meaning (change any with key=value):", *keys]))
+    parts.append(f"--cfg job shows the configuration as it would be used, and stops; -m key=a,b runs once with each value.\n"
+                 f"Results go to outputs/{folder}/DATE_TIME; hydra.run.dir=FOLDER sets another place.\n")
+    stamp = "${now:%Y-%m-%d_%H-%M-%S}"
+    return dict(run=dict(dir=f"outputs/{folder}/{stamp}"), sweep=dict(dir=f"multirun/{folder}/{stamp}"), job=dict(name=name, chdir=False),
+                help=dict(app_name=name, template="\n\n".join(parts)), job_logging=dict(disable_existing_loggers=False))
 
-# %% ../nbs/12_cli.ipynb #0035
+# %% ../nbs/12_cli.ipynb #0038
 def train_job_class(groups):
     "The dataclass of the whole configuration of `laser_train`."
     from omegaconf import MISSING
@@ -213,12 +242,12 @@ data=sample (the default) uses small sizes: """ + " ".join(QUICK_START)
         train: Any = MISSING
         wandb: Any = MISSING
         checkpoint: Any = MISSING
-        seed: int = 42
-        output_dir: str = "${hydra:runtime.output_dir}"
-        hydra: Any = field(default_factory=lambda: hydra_settings("laser_train", "train", text, groups))
+        seed: int = 42                  # of everything random
+        output_dir: str = "${hydra:runtime.output_dir}"  # folder of the run
+        hydra: Any = field(default_factory=lambda: hydra_settings("laser_train", "train", text, groups, TrainJob))
     return TrainJob
 
-# %% ../nbs/12_cli.ipynb #0041
+# %% ../nbs/12_cli.ipynb #0044
 def as_config(
     cfg,  # of Hydra
 ):  # -> laser.training.Config, whose model may be of type "both"
@@ -228,7 +257,7 @@ def as_config(
     parts = {name: OmegaConf.to_object(cfg[name]) for name in ("model", "data", "train", "wandb", "checkpoint")}
     return Config(**parts, seed=cfg.seed, output_dir=str(cfg.output_dir))
 
-# %% ../nbs/12_cli.ipynb #0043
+# %% ../nbs/12_cli.ipynb #0046
 def resumed_config(
     stored,           # Config of the run that goes on
     given,            # Config of this command line
@@ -244,7 +273,7 @@ def resumed_config(
         elif hasattr(stored, group) and not (group == "model" and given.model.type == "both"): setattr(stored, group, getattr(given, group))
     return stored
 
-# %% ../nbs/12_cli.ipynb #0045
+# %% ../nbs/12_cli.ipynb #0048
 def plan_runs(
     given,             # Config; its model may be "both"
     words: list[str],  # overrides of the command line
@@ -270,7 +299,7 @@ def plan_runs(
         runs.append((resumed_config(config, given, words), find_checkpoint(config.output_dir) if started else None))
     return place, runs
 
-# %% ../nbs/12_cli.ipynb #0048
+# %% ../nbs/12_cli.ipynb #0051
 def versions() -> dict:
     "What the numbers were made with."
     import platform
@@ -282,7 +311,7 @@ def versions() -> dict:
     import laser
     return dict(laser=laser.__version__, python=platform.python_version(), platform=platform.platform(), **{n: of(n) for n in names})
 
-# %% ../nbs/12_cli.ipynb #0050
+# %% ../nbs/12_cli.ipynb #0053
 def write_results(
     folder: Path,       # made if it is not there
     rows: list[dict],   # of `evaluation_rows`
@@ -301,7 +330,7 @@ def write_results(
     write_atomically(folder/"results.csv", text.getvalue())
     return [folder/"results.json", folder/"results.csv"]
 
-# %% ../nbs/12_cli.ipynb #0053
+# %% ../nbs/12_cli.ipynb #0056
 def comparison_figure(
     x: "torch.Tensor",         # images [n, 3, H, W] in [0, 1]
     models: dict,              # name -> model, one or two
@@ -312,14 +341,15 @@ def comparison_figure(
     with torch.no_grad(): pictures = {name: model.eval()(x).reconstruction.float() for name, model in models.items()}
     names = list(pictures)
     if len(names) == 2:
-        bits = tuple(f"{models[n].bits_per_pixel():.3g} bits/pixel" for n in names)
+        continuous = lambda model: hasattr(model.bottleneck, "coefficient_bits") and model.bottleneck.coefficient_bits is None
+        bits = tuple(f"{models[n].bits_per_pixel():.3g} bits/pixel{' (continuous coefficients)'*continuous(models[n])}" for n in names)
         return plot_reconstructions(x, *pictures.values(), names=tuple(names), bits=bits)
     errors = (x - pictures[names[0]]).square().mean((1, 2, 3))
     images = [image for pair in zip(x, pictures[names[0]]) for image in pair]
     titles = [text for e in errors for text in ("original", f"{names[0]}, MSE {e:.2g}")]
     return show_images(images, titles, ncols=2)
 
-# %% ../nbs/12_cli.ipynb #0056
+# %% ../nbs/12_cli.ipynb #0059
 NAMES = dict(vqvae="VQ-VAE", dlvae="DL-VAE")
 
 def train_job(cfg):
@@ -360,7 +390,7 @@ def train_job(cfg):
     print(f"\nTrained in {seconds/60:.1f} minutes. Reconstructions: {folder/'reconstructions.png'}\nTable: {folder/'results.csv'}\n"
           f"Checkpoints: {', '.join(str(r.best or r.last) for r in results)}")
 
-# %% ../nbs/12_cli.ipynb #0058
+# %% ../nbs/12_cli.ipynb #0061
 def check_model_fits(
     config,  # laser.training.Config of one run
 ) -> None:
@@ -371,14 +401,14 @@ def check_model_fits(
         raise ValueError(f"data.image_size={size} is not divisible by {divisor} (model.downsampling_factor times model.patch_size); "
                          f"use {max(1, size//divisor)*divisor} or {-(-size//divisor)*divisor}")
 
-# %% ../nbs/12_cli.ipynb #0060
+# %% ../nbs/12_cli.ipynb #0063
 def train() -> None:
     "Entry point of `laser_train`."
     groups = job_classes()
     words = add_quick_start(rewrite_types(sys.argv[1:]))
     sys.exit(run_command("laser_train", train_job_class(groups), train_job, groups, words))
 
-# %% ../nbs/12_cli.ipynb #0062
+# %% ../nbs/12_cli.ipynb #0065
 def evaluate_job_class(groups):
     "The dataclass of the whole configuration of `laser_evaluate`."
     from omegaconf import MISSING
@@ -402,11 +432,11 @@ def evaluate_job_class(groups):
         fid: bool = False                       # needs pretrained weights and the extra "fid"
         accelerator: str = "auto"               # auto, cpu, cuda or mps
         seed: int = 42                          # of the choice that limit makes
-        output_dir: str = "${hydra:runtime.output_dir}"
-        hydra: Any = field(default_factory=lambda: hydra_settings("laser_evaluate", "evaluate", text, groups))
+        output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
+        hydra: Any = field(default_factory=lambda: hydra_settings("laser_evaluate", "evaluate", text, groups, EvaluateJob))
     return EvaluateJob
 
-# %% ../nbs/12_cli.ipynb #0063
+# %% ../nbs/12_cli.ipynb #0066
 def find_models(
     places: list[str],  # runs, checkpoints, saved models, or folders that hold a run of each model
 ) -> list[Path]:  # folders that `load_pretrained` reads
@@ -418,7 +448,7 @@ def find_models(
         found += [find_checkpoint(part, "best") for part in parts or [place]]
     return found
 
-# %% ../nbs/12_cli.ipynb #0065
+# %% ../nbs/12_cli.ipynb #0068
 def data_of(
     checkpoint: Path,  # folder of a model
     given,             # DataConfig of the command line; dataset "checkpoint" means the checkpoint's own
@@ -431,7 +461,7 @@ def data_of(
     changed = {f.name: getattr(given, f.name) for f in fields(DataConfig) if f.name != "dataset" and getattr(given, f.name) != f.default}
     return replace(stored, **changed)
 
-# %% ../nbs/12_cli.ipynb #0067
+# %% ../nbs/12_cli.ipynb #0070
 def pick_device(accelerator):
     "The torch device that a name means; auto takes a GPU where there is one."
     import torch
@@ -439,7 +469,7 @@ def pick_device(accelerator):
     if accelerator != "auto" and not there.get(accelerator): raise ValueError(f"accelerator={accelerator} is not here; choose auto or {', '.join(n for n, ok in there.items() if ok)}")
     return torch.device(accelerator if accelerator != "auto" else next(n for n, ok in there.items() if ok))
 
-# %% ../nbs/12_cli.ipynb #0069
+# %% ../nbs/12_cli.ipynb #0072
 def evaluate_job(cfg):
     "What `laser_evaluate` does."
     from omegaconf import OmegaConf
@@ -467,7 +497,7 @@ def evaluate_job(cfg):
                           model_configurations=[json.loads((folder/"config.json").read_text(encoding="utf-8")) for folder in folders])
     print(f"\nWritten to {files[0]} and {files[1].name}")
 
-# %% ../nbs/12_cli.ipynb #0070
+# %% ../nbs/12_cli.ipynb #0073
 def evaluate() -> None:
     "Entry point of `laser_evaluate`."
     groups = job_classes()
@@ -475,7 +505,7 @@ def evaluate() -> None:
     words = rewrite_paths(rewrite_types(sys.argv[1:]), "checkpoints")
     sys.exit(run_command("laser_evaluate", evaluate_job_class(dict(data=data)), evaluate_job, dict(data=data), words))
 
-# %% ../nbs/12_cli.ipynb #0072
+# %% ../nbs/12_cli.ipynb #0075
 def reconstruct_job_class():
     "The dataclass of the whole configuration of `laser_reconstruct`."
     text = """laser_reconstruct sends pictures through a trained model: reconstructions, error maps, and a sheet of both.
@@ -494,11 +524,11 @@ def reconstruct_job_class():
         whole: bool = False                      # the whole picture instead of the square
         coefficient_bits: Optional[int] = None   # round the coefficients of a DL-VAE to so many bits
         accelerator: str = "auto"                # auto, cpu, cuda or mps
-        output_dir: str = "${hydra:runtime.output_dir}"
-        hydra: Any = field(default_factory=lambda: hydra_settings("laser_reconstruct", "reconstruct", text, {}))
+        output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
+        hydra: Any = field(default_factory=lambda: hydra_settings("laser_reconstruct", "reconstruct", text, {}, ReconstructJob))
     return ReconstructJob
 
-# %% ../nbs/12_cli.ipynb #0074
+# %% ../nbs/12_cli.ipynb #0077
 def output_names(
     files: list[Path],  # pictures
 ) -> list[str]:  # one for each, all different
@@ -508,7 +538,7 @@ def output_names(
     if len(set(names)) < len(names): names = [f"{i:04d}_{f.stem}" for i, f in enumerate(files)]
     return names
 
-# %% ../nbs/12_cli.ipynb #0076
+# %% ../nbs/12_cli.ipynb #0079
 def crop_to_multiple(
     x: "torch.Tensor",  # [3, H, W]
     divisor: int,     # what H and W have to be divisible by
@@ -519,7 +549,7 @@ def crop_to_multiple(
     top, left = (x.shape[-2] - h)//2, (x.shape[-1] - w)//2
     return x[:, top:top + h, left:left + w]
 
-# %% ../nbs/12_cli.ipynb #0078
+# %% ../nbs/12_cli.ipynb #0081
 def sheet_figure(images, pictures, maps, names):
     "Original, reconstruction and error of each picture, one row a picture, one colour bar for all."
     from laser.plots import get_grid, show_image
@@ -531,7 +561,7 @@ def sheet_figure(images, pictures, maps, names):
     figure.colorbar(last, ax=list(axes.flat), fraction=0.02, label="squared error, mean over channels, [0, 1]")
     return figure
 
-# %% ../nbs/12_cli.ipynb #0081
+# %% ../nbs/12_cli.ipynb #0084
 SHEET_ROWS = 16
 
 def reconstruct_job(cfg):
@@ -572,7 +602,7 @@ def reconstruct_job(cfg):
     more = f" (the first {SHEET_ROWS} of {len(files)})" if len(files) > SHEET_ROWS else ""
     print(f"{len(files)} picture(s), {model.bits_per_pixel():.4g} bits/pixel. Side by side{more}: {out/'sheet.png'}")
 
-# %% ../nbs/12_cli.ipynb #0082
+# %% ../nbs/12_cli.ipynb #0085
 def trained_size(
     folder: Path,  # of a checkpoint or a saved model
 ) -> int:  # pixels
@@ -580,13 +610,13 @@ def trained_size(
     path = Path(folder)/"run.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
 
-# %% ../nbs/12_cli.ipynb #0084
+# %% ../nbs/12_cli.ipynb #0087
 def reconstruct() -> None:
     "Entry point of `laser_reconstruct`."
     words = rewrite_paths(sys.argv[1:], "checkpoint", "images")
     sys.exit(run_command("laser_reconstruct", reconstruct_job_class(), reconstruct_job, {}, words))
 
-# %% ../nbs/12_cli.ipynb #0086
+# %% ../nbs/12_cli.ipynb #0089
 def compare_job_class():
     "The dataclass of the whole configuration of `laser_compare`."
     text = """laser_compare codes the pixels of a few images with 16 entries, once as a codebook and once as a dictionary:
@@ -611,11 +641,11 @@ five figures and the tables of the pixel-level study, in about a minute.
         size: int = 128                 # side of the images
         seed: int = 0                   # of the choice of images and of k-means
         data: CompareData = field(default_factory=CompareData)
-        output_dir: str = "${hydra:runtime.output_dir}"
-        hydra: Any = field(default_factory=lambda: hydra_settings("laser_compare", "compare", text, {}))
+        output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
+        hydra: Any = field(default_factory=lambda: hydra_settings("laser_compare", "compare", text, {}, CompareJob))
     return CompareJob
 
-# %% ../nbs/12_cli.ipynb #0087
+# %% ../nbs/12_cli.ipynb #0090
 def compare_job(cfg):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
@@ -623,12 +653,12 @@ def compare_job(cfg):
     run_comparison(source=source, num_images=cfg.num_images, num_embeddings=cfg.num_embeddings, sparsity_level=cfg.sparsity_level,
                    seed=cfg.seed, out=cfg.output_dir, size=cfg.size, root=cfg.data.root)
 
-# %% ../nbs/12_cli.ipynb #0088
+# %% ../nbs/12_cli.ipynb #0091
 def compare() -> None:
     "Entry point of `laser_compare`."
     sys.exit(run_command("laser_compare", compare_job_class(), compare_job, {}, sys.argv[1:]))
 
-# %% ../nbs/12_cli.ipynb #0089
+# %% ../nbs/12_cli.ipynb #0092
 def benchmark_job_class():
     "The dataclass of the whole configuration of `laser_benchmark`."
     text = """laser_benchmark times sparse coding against a codebook lookup, and against other packages, side by side.
@@ -646,17 +676,17 @@ def benchmark_job_class():
         peers: str = "all"              # all, none, or names of packages
         source: str = "auto"            # where real signals come from: auto, celeba, sample or a folder
         seed: int = 0                   # of random signals and of choices
-        output_dir: str = "${hydra:runtime.output_dir}"
-        hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}))
+        output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
+        hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))
     return BenchmarkJob
 
-# %% ../nbs/12_cli.ipynb #0090
+# %% ../nbs/12_cli.ipynb #0093
 def benchmark_job(cfg):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
     run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, out=cfg.output_dir, seed=cfg.seed)
 
-# %% ../nbs/12_cli.ipynb #0091
+# %% ../nbs/12_cli.ipynb #0094
 def benchmark() -> None:
     "Entry point of `laser_benchmark`."
     sys.exit(run_command("laser_benchmark", benchmark_job_class(), benchmark_job, {}, sys.argv[1:]))
