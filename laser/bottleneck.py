@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import nearest_entry
-from .pursuit import normalize_atoms
+from .pursuit import METHODS, normalize_atoms
 from .sparse_coding import SparseCode, batch_omp, coefficient_limit, quantize_coefficients, refit
 
 # %% ../nbs/03_bottleneck.ipynb #0007
@@ -27,7 +27,7 @@ def _seed_centers(x, num_clusters, generator):
     nearest = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)   # squared distances
     for draw in draws[1:]:
         # the direct formula: the expanded one is not exactly zero for a point and itself
-        distance = torch.cdist(x, x[picks[-1]][None], compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(x, x[picks[-1][None]], compute_mode="donot_use_mm_for_euclid_dist")
         nearest = torch.minimum(nearest, distance[:, 0].double().square())
         mass = nearest.cumsum(0)
         left.append(mass[-1])
@@ -141,10 +141,10 @@ def _over_processes(x, op="SUM"):
 
 # %% ../nbs/03_bottleneck.ipynb #0031
 def _span(x):
-    "Where this process's rows begin in the whole batch, and the whole batch's length, as tensors on the device."
+    "Where this process's rows begin in the whole batch, and the whole batch's length: left on the device where there are several."
+    if _processes() == 1: return 0, len(x)
     size = torch.tensor([len(x)], device=x.device)
-    sizes = size if _processes() == 1 else torch.empty(_processes(), dtype=size.dtype, device=x.device)
-    if _processes() == 1: return torch.zeros_like(size), size
+    sizes = size.new_empty(_processes())
     dist.all_gather_into_tensor(sizes, size)
     return sizes[:dist.get_rank()].sum(), sizes.sum()
 
@@ -158,7 +158,7 @@ def _spread(count, generator):
 def _rows_at(x, fractions):
     "Rows of the whole batch, over all processes in order, at these fractions of its length."
     start, total = _span(x)
-    row = (fractions.to(x.device) * total).long().minimum(total - 1) - start
+    row = (fractions.to(x.device) * total).long().clamp(max=total - 1) - start
     mine = (row >= 0) & (row < len(x))
     return _over_processes(torch.where(mine[:, None], x[row.clamp(0, len(x) - 1)], 0))
 
@@ -182,10 +182,16 @@ def _finite(x):
     x = x.detach()
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())     # the sum is quicker, but may overflow
 
-# %% ../nbs/03_bottleneck.ipynb #0042
+# %% ../nbs/03_bottleneck.ipynb #0043
+def _tame(x):
+    "What the averages learn from: detached, and on a GPU with zero for NaN and infinity."
+    x = x.detach()
+    return x if x.device.type == "cpu" else x.nan_to_num(0.0, 0.0, 0.0)
+
+# %% ../nbs/03_bottleneck.ipynb #0045
 _USAGE_DECAY = 0.99  # of the average usage, where no decay is given
 
-# %% ../nbs/03_bottleneck.ipynb #0043
+# %% ../nbs/03_bottleneck.ipynb #0046
 def _check_options(num_embeddings, embedding_dim, commitment_cost, revive_below, init):
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError(f"num_embeddings and embedding_dim must be at least 1, got {num_embeddings} and {embedding_dim}")
@@ -194,7 +200,7 @@ def _check_options(num_embeddings, embedding_dim, commitment_cost, revive_below,
     if init not in ("kmeans", "data", "random"):
         raise ValueError(f"init must be 'kmeans', 'data' or 'random', got {init!r}")
 
-# %% ../nbs/03_bottleneck.ipynb #0044
+# %% ../nbs/03_bottleneck.ipynb #0047
 class _Bottleneck(nn.Module):
     "Checks, first placing of the entries, seeded draws and usage: what `VectorQuantizer` and `DictionaryLearning` share."
 
@@ -232,7 +238,8 @@ class _Bottleneck(nn.Module):
                              f"put a 1x1 convolution to {self.embedding_dim} channels before the bottleneck, "
                              f"or build it with embedding_dim={z.shape[1] if z.ndim == 4 else '<channels>'}")
         if not z.is_floating_point(): raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
-        if self.training and z.numel() == 0: raise ValueError(f"the latents are empty, {list(z.shape)}: nothing to learn from; skip this batch")
+        if self.training and z.numel() == 0:
+            raise ValueError(f"the latents are empty, {list(z.shape)}: nothing to learn from; skip this batch")
         if not _finite(z):
             raise ValueError("the latents hold NaN or infinity: lower the learning rate, clip the gradient, "
                              "or, in float16, use a loss scaler; torch.autograd.set_detect_anomaly(True) finds the first one")
@@ -261,7 +268,7 @@ class _Bottleneck(nn.Module):
         "Number of entries in effective use, from the running average of usage."
         return perplexity(self.ema_counts)
 
-# %% ../nbs/03_bottleneck.ipynb #0046
+# %% ../nbs/03_bottleneck.ipynb #0049
 def smoothed_counts(
     counts: Tensor,  # [K], running averages of the counts
     epsilon: float = 1e-5,  # what each entry is given on top
@@ -270,7 +277,7 @@ def smoothed_counts(
     total = counts.sum()
     return (counts + epsilon) / (total + len(counts) * epsilon) * total
 
-# %% ../nbs/03_bottleneck.ipynb #0049
+# %% ../nbs/03_bottleneck.ipynb #0052
 class VectorQuantizer(_Bottleneck):
     """Nearest entry of a codebook, straight-through. Source: van den Oord, Vinyals and Kavukcuoglu 2017.
 
@@ -304,7 +311,7 @@ class VectorQuantizer(_Bottleneck):
         "Latents [B, D, H, W] to `BottleneckOutput`; float32 inside, also under autocast."
         z = self._check(z)                                                     # [B, D, H, W]
         with torch.autocast(z.device.type, enabled=False):
-            rows = z.permute(0, 2, 3, 1).flatten(0, 2).detach()                # [B*H*W, D]
+            rows = _tame(z.permute(0, 2, 3, 1).flatten(0, 2))                  # [B*H*W, D]
             if self.training and not self._state()[0]: self.set_codebook(self._first_rows(rows))
             indices = nearest_entry(rows, self.codebook.detach())              # [B*H*W]
             codes = indices.view(z.shape[0], *z.shape[2:])                     # [B, H, W]
@@ -323,7 +330,8 @@ class VectorQuantizer(_Bottleneck):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         "Indices [B, H, W] to entries [B, D, H, W]: in eval mode, `forward(z).quantized` to the bit."
-        if codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel() and not 0 <= codes.min() <= codes.max() < self.num_embeddings:
+        visible = codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel() > 0
+        if visible and not 0 <= codes.min() <= codes.max() < self.num_embeddings:
             raise ValueError(f"codes must lie in 0..{self.num_embeddings - 1}, got {int(codes.min())}..{int(codes.max())}; "
                              "decode with the bottleneck that made them")
         return self._lookup(codes)
@@ -370,9 +378,10 @@ class VectorQuantizer(_Bottleneck):
         if self.decay: self.ema_sums.copy_(torch.where(dead, fresh * share, self.ema_sums))
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, commitment_cost={self.commitment_cost}, decay={self.decay}, init={self.init!r}"
+        return (f"{self.num_embeddings}, {self.embedding_dim}, commitment_cost={self.commitment_cost}, "
+                f"decay={self.decay}, init={self.init!r}")
 
-# %% ../nbs/03_bottleneck.ipynb #0063
+# %% ../nbs/03_bottleneck.ipynb #0066
 def to_patches(
     z: Tensor,  # [B, D, H, W], H and W multiples of p
     patch_size: int,  # p
@@ -381,10 +390,11 @@ def to_patches(
     B, D, H, W = z.shape
     p = patch_size
     if H % p or W % p:
-        raise ValueError(f"latents of {H}x{W} cannot be cut into {p}x{p} patches; choose a patch_size that divides both, or pad or crop the images")
+        raise ValueError(f"latents of {H}x{W} cannot be cut into {p}x{p} patches; "
+                         "choose a patch_size that divides both, or pad or crop the images")
     return z.reshape(B, D, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p, W // p, D * p * p)
 
-# %% ../nbs/03_bottleneck.ipynb #0064
+# %% ../nbs/03_bottleneck.ipynb #0067
 def from_patches(
     patches: Tensor,  # [B, H/p, W/p, D*p*p]
     patch_size: int,  # p
@@ -394,7 +404,7 @@ def from_patches(
     p = patch_size
     return patches.reshape(B, h, w, M // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, M // p**2, h * p, w * p).contiguous()
 
-# %% ../nbs/03_bottleneck.ipynb #0067
+# %% ../nbs/03_bottleneck.ipynb #0070
 def _on_sphere(dictionary):
     "Atoms [M, K] over their norms, with the derivative of that; an atom of unit norm keeps its bits."
     peak = dictionary.detach().abs().amax(dim=0, keepdim=True).clamp_min(torch.finfo(dictionary.dtype).tiny)
@@ -402,7 +412,7 @@ def _on_sphere(dictionary):
     near = (norm - 1).abs() <= 16 * torch.finfo(dictionary.dtype).eps
     return dictionary / torch.where(near, norm - norm.detach() + 1, norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
-# %% ../nbs/03_bottleneck.ipynb #0070
+# %% ../nbs/03_bottleneck.ipynb #0073
 def coherence(
     dictionary: Tensor,  # [M, K], unit-norm atoms in columns
 ) -> Tensor:  # scalar, 0 (orthogonal atoms) to 1 (all parallel)
@@ -412,7 +422,21 @@ def coherence(
     diagonal = dictionary.square().sum(0).square().sum()                        # K for unit atoms
     return (small.square().sum() - diagonal).clamp_min(0) / max(K * (K - 1), 1)
 
-# %% ../nbs/03_bottleneck.ipynb #0073
+# %% ../nbs/03_bottleneck.ipynb #0076
+def _check_pursuit_options(num_embeddings, sparsity_level, patch_size, method, gradient, coefficient_bits):
+    if not 1 <= sparsity_level <= num_embeddings:
+        raise ValueError("sparsity_level must lie between 1 and the number of atoms, "
+                         f"num_embeddings={num_embeddings}, got {sparsity_level}")
+    if patch_size < 1: raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if gradient not in ("straight_through", "refit"):
+        raise ValueError(f"gradient must be 'straight_through' or 'refit', got {gradient!r}")
+    if gradient == "refit" and method == "mp":
+        raise ValueError("gradient='refit' needs least-squares coefficients, which method='mp' does not compute; use 'omp' or 'ormp'")
+    if coefficient_bits is not None and not 2 <= coefficient_bits <= 16:
+        raise ValueError(f"coefficient_bits must lie between 2 and 16, or be None for continuous coefficients, got {coefficient_bits}")
+
+# %% ../nbs/03_bottleneck.ipynb #0077
 class DictionaryLearning(_Bottleneck):
     """A sum of at most S atoms of a learned dictionary for each latent or patch of latents.
 
@@ -438,15 +462,7 @@ class DictionaryLearning(_Bottleneck):
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, init, revive_below, seed)
-        if not 1 <= sparsity_level <= num_embeddings:
-            raise ValueError(f"sparsity_level must lie between 1 and the number of atoms, num_embeddings={num_embeddings}, got {sparsity_level}")
-        if patch_size < 1: raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-        if method not in ("omp", "ormp", "mp"): raise ValueError(f"method must be 'omp', 'ormp' or 'mp', got {method!r}")
-        if gradient not in ("straight_through", "refit"): raise ValueError(f"gradient must be 'straight_through' or 'refit', got {gradient!r}")
-        if gradient == "refit" and method == "mp":
-            raise ValueError("gradient='refit' needs least-squares coefficients, which method='mp' does not compute; use 'omp' or 'ormp'")
-        if coefficient_bits is not None and not 2 <= coefficient_bits <= 16:
-            raise ValueError(f"coefficient_bits must lie between 2 and 16, or be None for continuous coefficients, got {coefficient_bits}")
+        _check_pursuit_options(num_embeddings, sparsity_level, patch_size, method, gradient, coefficient_bits)
         self.sparsity_level, self.patch_size, self.method, self.diversity = sparsity_level, patch_size, method, diversity
         self.gradient, self.coefficient_bits, self.coherence_penalty = gradient, coefficient_bits, coherence_penalty
         self.register_buffer("coefficient_limits", torch.zeros(sparsity_level))
@@ -483,7 +499,8 @@ class DictionaryLearning(_Bottleneck):
     def _code(self, signals, atoms, track=False):
         "Sparse codes [N, S] of signals [N, M], rounded if so asked, with the gradient of the refit if so asked."
         if not _finite(atoms):
-            raise ValueError("the dictionary holds NaN or infinity: lower the learning rate or clip the gradient, and go back to a checkpoint")
+            raise ValueError("the dictionary holds NaN or infinity: lower the learning rate or clip the gradient, "
+                             "and go back to a checkpoint")
         with torch.no_grad():
             code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level, method=self.method, diversity=self.diversity,
                              check_finite=False)                           # both have just been looked at
@@ -503,13 +520,13 @@ class DictionaryLearning(_Bottleneck):
         with torch.autocast(z.device.type, enabled=False):
             patches = to_patches(z, self.patch_size)                           # [B, H/p, W/p, M]
             signals = patches.flatten(0, 2)                                    # [N, M]
-            if self.training and not self._state()[0]: self._initialize(signals.detach())
+            if self.training and not self._state()[0]: self._initialize(_tame(signals))
             atoms = self._atoms()                                              # [M, K]
             code = self._code(signals, atoms, track=self.training)                                  # [N, S]
             decoded = code.decode(atoms)                                       # [N, M]
             loss = F.mse_loss(decoded, signals.detach()) + self.commitment_cost * F.mse_loss(signals, decoded.detach())
             if self.coherence_penalty: loss = loss + self.coherence_penalty * coherence(atoms)
-            if self.training: self._learn(signals.detach(), decoded.detach(), code)
+            if self.training: self._learn(_tame(signals), _tame(decoded), code)
             q = from_patches(decoded.view(patches.shape), self.patch_size)     # [B, D, H, W]
             if self.gradient == "straight_through": q = straight_through(z, q)
         return BottleneckOutput(q, loss, code.detach().reshape(*patches.shape[:3]))
@@ -536,7 +553,8 @@ class DictionaryLearning(_Bottleneck):
     def set_dictionary(self, atoms: Tensor) -> None:
         "Put `atoms` [M, k], k <= K, first in the dictionary, at unit norm, and keep it from being initialised again."
         if atoms.ndim != 2 or len(atoms) != len(self.dictionary) or atoms.shape[1] > self.num_embeddings:
-            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most {self.num_embeddings}], one a column, got {list(atoms.shape)}")
+            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most {self.num_embeddings}], one a column, "
+                             f"got {list(atoms.shape)}")
         self.dictionary[:, :atoms.shape[1]] = normalize_atoms(atoms)
         self.ema_counts.fill_(1)
         self.initialized.fill_(True)
@@ -550,7 +568,7 @@ class DictionaryLearning(_Bottleneck):
 
     def _track_limits(self, code):
         "The largest coefficient of each slot: up at once, down by a hundredth of the difference a batch."
-        largest = _over_processes(coefficient_limit(code), "MAX").to(self.coefficient_limits.dtype)
+        largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(self.coefficient_limits.dtype)
         self.coefficient_limits.copy_(torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
 
     @torch.no_grad()
@@ -575,5 +593,6 @@ class DictionaryLearning(_Bottleneck):
         self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
 
     def extra_repr(self) -> str:
-        return (f"{self.num_embeddings}, {self.embedding_dim}, sparsity_level={self.sparsity_level}, commitment_cost={self.commitment_cost}, "
-                f"patch_size={self.patch_size}, method={self.method!r}, gradient={self.gradient!r}, coefficient_bits={self.coefficient_bits}")
+        return (f"{self.num_embeddings}, {self.embedding_dim}, sparsity_level={self.sparsity_level}, "
+                f"commitment_cost={self.commitment_cost}, patch_size={self.patch_size}, method={self.method!r}, "
+                f"gradient={self.gradient!r}, coefficient_bits={self.coefficient_bits}")
