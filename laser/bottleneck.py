@@ -507,7 +507,7 @@ class DictionaryLearning(_Bottleneck):
             if track: self._track_limits(code)
         if self.gradient == "refit" and torch.is_grad_enabled():
             code = SparseCode(code.indices, straight_through(refit(signals, atoms, code.indices), code.values))
-        if self.coefficient_bits is not None:
+        if self.coefficient_bits is not None and code.values.numel() > 0:
             limits = self.coefficient_limits.to(code.values.dtype)
             limits = torch.where(limits > 0, limits, coefficient_limit(code.detach()))   # a slot that training never saw
             rounded = quantize_coefficients(code.detach(), self.coefficient_bits, limits)
