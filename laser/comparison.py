@@ -28,9 +28,9 @@ from .sparse_coding import SparseCode, batch_omp, coefficient_limit, quantize_co
 # %% auto #0
 __all__ = ['ORIGINAL', 'to_pixels', 'to_images', 'signed_errors', 'check_study', 'make_palette', 'unit_atoms', 'Method',
            'study_methods', 'palette_dictionary', 'quantize', 'encode_pixels', 'decode_pixels', 'PixelStudy',
-           'compare_pixels', 'used_bits', 'quality_table', 'channel_table', 'usage_table', 'time_call', 'loop_time',
-           'speed_table', 'growth_table', 'study_batches', 'summarize_batches', 'batch_ratios', 'study_figures',
-           'readable', 'format_table', 'Comparison', 'run_comparison']
+           'compare_pixels', 'code_as_needed', 'used_bits', 'quality_table', 'channel_table', 'usage_table',
+           'time_call', 'loop_time', 'speed_table', 'growth_table', 'study_batches', 'summarize_batches',
+           'batch_ratios', 'study_figures', 'save_figures', 'readable', 'format_table', 'Comparison', 'run_comparison']
 
 # %% ../nbs/10_comparison.ipynb #0006
 ORIGINAL = {
@@ -217,6 +217,7 @@ def compare_pixels(
     "Code the images with every method. Raises `ValueError` for input that cannot be coded."
     check_study(images, num_embeddings, sparsity_level)
     palette = make_palette(images, num_embeddings, seed) if palette is None else palette
+    unit_atoms(palette)                                      # refuses a palette without directions before the work begins
     study = PixelStudy(label, images, palette, list(methods or study_methods(sparsity_level)))
     pixels, (batch, _, height, width) = to_pixels(images), images.shape
     continuous = {}                                          # a quantised row starts from the same code as its float twin
@@ -229,11 +230,23 @@ def compare_pixels(
     return study
 
 # %% ../nbs/10_comparison.ipynb #0045
+def code_as_needed(
+    study: PixelStudy,
+    sparsity: int = 3,        # atoms at most; three are always enough for a colour
+) -> tuple[SparseCode, Tensor]:   # codes over [B, H, W, S], and images [B, 3, H, W] in [0, 1]
+    "OMP that stops, pixel by pixel, at VQ's mean error."
+    batch, _, height, width = study.images.shape
+    enough = 3 * signed_errors(study.images, study.reconstructions["VQ"])["mse"]       # a squared residual is a sum over three channels
+    method = Method("OMP as needed", "omp", min(sparsity, len(study.palette)))
+    code = encode_pixels(to_pixels(study.images), study.palette, method, tol=enough)
+    return code.reshape(batch, height, width), to_images(decode_pixels(code, study.palette, method), study.images.shape)
+
+# %% ../nbs/10_comparison.ipynb #0048
 def _original_row(study: PixelStudy, name: str) -> dict | None:
     "What the original reported for this row."
     return ORIGINAL["VQ"] if name == "VQ" else ORIGINAL["DL"] if name == study.original else None
 
-# %% ../nbs/10_comparison.ipynb #0048
+# %% ../nbs/10_comparison.ipynb #0051
 def used_bits(
     code: Tensor | SparseCode,   # indices [...], or a sparse code [..., S]
     method: Method,
@@ -244,7 +257,7 @@ def used_bits(
     atoms = (code.indices >= 0).sum(-1).float().mean().item()
     return atoms * dl_bits(num_embeddings, 1, method.coefficient_bits or 32) + math.ceil(math.log2(method.sparsity + 1))
 
-# %% ../nbs/10_comparison.ipynb #0050
+# %% ../nbs/10_comparison.ipynb #0053
 def quality_table(
     study: PixelStudy,
 ) -> pd.DataFrame:  # one row a method
@@ -261,7 +274,7 @@ def quality_table(
                      "VQ MSE / this": base / errors["mse"] if errors["mse"] > 1e-10 else math.inf, "distance on [-1, 1]": errors["distance"], "README distance": theirs.get("distance")})
     return pd.DataFrame(rows).set_index("method")
 
-# %% ../nbs/10_comparison.ipynb #0052
+# %% ../nbs/10_comparison.ipynb #0055
 def channel_table(
     study: PixelStudy,
 ) -> pd.DataFrame:  # one row a method
@@ -275,7 +288,7 @@ def channel_table(
         rows.append(row)
     return pd.DataFrame(rows).set_index("method")
 
-# %% ../nbs/10_comparison.ipynb #0054
+# %% ../nbs/10_comparison.ipynb #0057
 def usage_table(
     study: PixelStudy,
 ) -> pd.DataFrame:  # one row a method
@@ -287,7 +300,7 @@ def usage_table(
                      "perplexity": float(perplexity(counts)), "largest share": float(counts.max() / counts.sum())})
     return pd.DataFrame(rows).set_index("method")
 
-# %% ../nbs/10_comparison.ipynb #0057
+# %% ../nbs/10_comparison.ipynb #0060
 def time_call(
     call: Callable[[], object],
     repeats: int = 3,            # calls that count
@@ -299,7 +312,7 @@ def time_call(
         start = time.perf_counter(); call(); times.append(time.perf_counter() - start)
     return min(times)
 
-# %% ../nbs/10_comparison.ipynb #0060
+# %% ../nbs/10_comparison.ipynb #0063
 def loop_time(
     pixels: Tensor,    # [N, 3] in [-1, 1]
     palette: Tensor,   # [K, 3] in [-1, 1]
@@ -313,7 +326,7 @@ def loop_time(
         for pixel in some: pursuit(pixel[None], dictionary, method.sparsity, method=method.kind)
     return time_call(loop, repeats=1) / len(some)
 
-# %% ../nbs/10_comparison.ipynb #0062
+# %% ../nbs/10_comparison.ipynb #0065
 def speed_table(
     study: PixelStudy,
     repeats: int = 3,
@@ -330,7 +343,7 @@ def speed_table(
                      "README gain": ORIGINAL["loop gain"] if m.name == study.original else None, "bytes/pixel": 8 if not dl else 12 * m.sparsity})
     return pd.DataFrame(rows).set_index("method")
 
-# %% ../nbs/10_comparison.ipynb #0065
+# %% ../nbs/10_comparison.ipynb #0068
 def growth_table(
     study: PixelStudy,
     sides: Sequence[int] = (32, 64, 128, 256),   # N = side * side pixels
@@ -346,7 +359,7 @@ def growth_table(
         rows.append(row)
     return pd.DataFrame(rows).set_index("pixels")
 
-# %% ../nbs/10_comparison.ipynb #0068
+# %% ../nbs/10_comparison.ipynb #0071
 def study_batches(
     images: Tensor,                           # [N, 3, H, W] in [0, 1]
     batch_size: int = 4,
@@ -369,7 +382,7 @@ def study_batches(
                              **dict(zip(("red", "green", "blue"), errors["channels"]))})
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_comparison.ipynb #0071
+# %% ../nbs/10_comparison.ipynb #0074
 def summarize_batches(
     lines: pd.DataFrame,   # from `study_batches`
 ) -> pd.DataFrame:         # one row a method
@@ -378,7 +391,7 @@ def summarize_batches(
                                                        "MSE max": ("mse", "max"), "color distance mean": ("distance", "mean"), "images": ("image", "nunique")})
     return table
 
-# %% ../nbs/10_comparison.ipynb #0072
+# %% ../nbs/10_comparison.ipynb #0075
 def batch_ratios(
     lines: pd.DataFrame,    # from `study_batches`
     method: str,            # the method to hold against VQ
@@ -387,12 +400,12 @@ def batch_ratios(
     means = lines.pivot_table(index="batch", columns="method", values="mse")   # the mean over a batch
     return torch.tensor((means["VQ"] / means[method]).to_numpy())
 
-# %% ../nbs/10_comparison.ipynb #0075
+# %% ../nbs/10_comparison.ipynb #0078
 def _first(code: Tensor | SparseCode, rows: int) -> Tensor | SparseCode:
     "The codes of the first images."
     return code[:rows] if isinstance(code, Tensor) else SparseCode(code.indices[:rows], code.values[:rows])
 
-# %% ../nbs/10_comparison.ipynb #0077
+# %% ../nbs/10_comparison.ipynb #0080
 def study_figures(
     study: PixelStudy,
     rows: int = 4,      # images to show
@@ -409,13 +422,32 @@ def study_figures(
     return {
         "reconstruction_comparison": plots.plot_reconstructions(images, show("VQ"), show(name), ("VQ", name), 2, (cost["VQ"], cost[name])),
         "reconstruction_original": plots.plot_reconstructions(images, show("VQ"), show(theirs), ("VQ", theirs), 2, (cost["VQ"], cost[theirs] + " (continuous coefficients)")),
+        "atoms_needed": plots.plot_code_heatmaps(images, _first(study.codes["VQ"], rows), _first(code_as_needed(study)[0], rows), K, ("VQ", "OMP as needed")),
         "code_heatmaps": plots.plot_code_heatmaps(images, _first(study.codes["VQ"], rows), _first(study.codes[deep], rows), K, ("VQ", deep)),
-        "channel_comparison": plots.plot_channels(images[0], show("VQ")[0], show(name)[0], names=("VQ", name), range_width=2),
+        "channel_comparison": plots.plot_channels(images[0], show("VQ")[0], show(name)[0], names=("VQ", name), range_width=2, bits=(cost["VQ"], cost[name])),
         "codebook_usage": plots.plot_usage(usage, colors=dict(zip(usage, (plots.COLORS[c] for c in ("vq", "dl", "neutral"))))),
         "palette": plots.plot_palette((study.palette + 1) / 2, unit_atoms(study.palette)),
     }
 
-# %% ../nbs/10_comparison.ipynb #0080
+# %% ../nbs/10_comparison.ipynb #0083
+def save_figures(
+    figures: dict,                # file stem -> matplotlib figure; closed afterwards
+    folder: str | Path,           # made if it does not exist
+    photographs: str = "png",     # format of the figures that hold photographs: "png" or "jpg"
+    dpi: int = 120,               # the figures are about 9 inches wide
+) -> list[Path]:                  # the files
+    "Write figures as image files and close them."
+    import matplotlib.pyplot as plt
+    folder, files = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        photo = any(len(ax.images) and ax.images[0].get_array().ndim == 3 for ax in figure.axes) and name != "palette"
+        files.append(folder / f"{name}.{photographs if photo else 'png'}")
+        figure.savefig(files[-1], dpi=dpi, pil_kwargs={"quality": 88, "optimize": True} if files[-1].suffix == ".jpg" else {})
+        plt.close(figure)
+    return files
+
+# %% ../nbs/10_comparison.ipynb #0086
 def _move_into_place(made: Path, out: Path) -> list[Path]:
     "Move the files of one folder into another, over files of the same names."
     out.mkdir(parents=True, exist_ok=True)
@@ -423,7 +455,7 @@ def _move_into_place(made: Path, out: Path) -> list[Path]:
     for file in files: os.replace(file, out / file.name)
     return [out / file.name for file in files]
 
-# %% ../nbs/10_comparison.ipynb #0082
+# %% ../nbs/10_comparison.ipynb #0088
 def _load_study_images(source, num_images, size, seed, root) -> tuple[Tensor, str]:
     "`load_images`, or with a root the named image set in that folder."
     if root is None: return load_images(source, n=num_images, size=size, seed=seed)
@@ -431,7 +463,7 @@ def _load_study_images(source, num_images, size, seed, root) -> tuple[Tensor, st
     if len(images) < num_images: raise ValueError(f"asked for {num_images} images, but {root} has {len(images)}; lower num_images")
     return images.batch(range(num_images)), images.label
 
-# %% ../nbs/10_comparison.ipynb #0084
+# %% ../nbs/10_comparison.ipynb #0090
 def readable(
     table: pd.DataFrame,
     digits: int = 3,      # significant digits
@@ -439,11 +471,11 @@ def readable(
     "A table for a page: few digits, nothing where nothing is known, and `exact` for an infinite ratio."
     def cell(value):
         if value is None or (isinstance(value, float) and math.isnan(value)): return ""
-        if isinstance(value, float): return "exact" if math.isinf(value) else f"{value:.{digits}g}"
+        if isinstance(value, float): return "exact" if math.isinf(value) else f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
         return str(value)
     return table.map(cell)
 
-# %% ../nbs/10_comparison.ipynb #0086
+# %% ../nbs/10_comparison.ipynb #0092
 def format_table(
     table: pd.DataFrame,
 ) -> str:
@@ -458,7 +490,7 @@ def format_table(
     lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in zip(*columns)]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
-# %% ../nbs/10_comparison.ipynb #0088
+# %% ../nbs/10_comparison.ipynb #0094
 @dataclass
 class Comparison:
     "What `run_comparison` made."
@@ -467,7 +499,7 @@ class Comparison:
     files: list[Path]                 # the figures (PNG) and tables (CSV) written
     seconds: float                    # the whole run
 
-# %% ../nbs/10_comparison.ipynb #0089
+# %% ../nbs/10_comparison.ipynb #0095
 def run_comparison(
     source: str | Path = "auto",          # "auto", "celeba", "sample" or a folder of images
     num_images: int = 4,
@@ -480,7 +512,6 @@ def run_comparison(
     quiet: bool = False,                  # print nothing
 ) -> Comparison:
     "Run the pixel-level study: write its figures as PNG and its tables as CSV to `out`, and print the tables."
-    import matplotlib.pyplot as plt
     from tqdm import tqdm
     start, out = time.perf_counter(), Path(out)
     if not 1 <= sparsity_level <= num_embeddings:
@@ -499,9 +530,7 @@ def run_comparison(
             for name, make in (("quality", quality_table), ("channels", channel_table), ("usage", usage_table), ("speed", speed_table), ("growth", growth_table)):
                 tables[name] = step(name, make(study))
                 tables[name].to_csv(made / f"{name}.csv")
-            for name, figure in study_figures(study).items():
-                figure.savefig(made / f"{name}.png", dpi=120); plt.close(figure)
-            step("figures", None)
+            step("figures", save_figures(study_figures(study), made))
         files = _move_into_place(made, out)
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -239,15 +239,17 @@ def plot_channels(
     row: int | None = None,       # by default the centre row
     names: tuple = ("VQ", "DL"),
     range_width: float = 1.0,     # 2 draws values and errors on [-1, 1]
+    bits: tuple | None = None,    # what each of the two costs, such as ("4 bits/pixel", "24 bits/pixel")
     title: str | None = None,     # by default the finding, on this row
 ) -> Figure:
     "Red, green and blue along one row: the original and two reconstructions, and beneath them their errors."
     row = original.shape[-2] // 2 if row is None else row
     low = -1.0 if range_width == 2 else 0.0
-    curves = [image[:, row].detach().float().cpu() * range_width + low for image in (original, vq, dl)]   # 3 x [3, W]
-    errors = [(c - curves[0]).square().mean().item() for c in curves[1:]]
+    curves = [(image[:, row].detach().float().cpu() * range_width + low).numpy() for image in (original, vq, dl)]   # 3 x [3, W]
+    errors = [float(((c - curves[0]) ** 2).mean()) for c in curves[1:]]
     if title is None:
         title = f"Row {row}: {error_finding(names[1], errors[1], names[0], errors[0])} (MSE {errors[1]:.2g} against {errors[0]:.2g})"
+        if bits: title += f",\nat {bits[1]} against {bits[0]}"
     styles = [dict(color=COLORS["original"], lw=1.8, label="original"), dict(color=COLORS["vq"], ls="--", lw=1.3, label=names[0]),
               dict(color=COLORS["dl"], ls=":", lw=1.8, label=names[1])]
     with plt.rc_context(STYLE):
@@ -255,7 +257,7 @@ def plot_channels(
         for channel, name in enumerate(("Red", "Green", "Blue")):
             for curve, style in zip(curves, styles): axes[0, channel].plot(curve[channel], **style)
             for curve, style in zip(curves[1:], styles[1:]): axes[1, channel].plot(curve[channel] - curves[0][channel], **style)
-            mse = [(c[channel] - curves[0][channel]).square().mean().item() for c in curves[1:]]
+            mse = [float(((c[channel] - curves[0][channel]) ** 2).mean()) for c in curves[1:]]
             axes[0, channel].set_title(f"{name}\nMSE: {names[0]} {mse[0]:.2g}; {names[1]} {mse[1]:.2g}")
             axes[1, channel].axhline(0, color=COLORS["neutral"], lw=0.8, zorder=0)
             axes[1, channel].set_xlabel("column (pixels)")
@@ -280,7 +282,7 @@ def plot_usage(
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(counts), figsize=(9.2, 2.9), sharey=True, squeeze=False, layout="constrained")
         for ax, (name, count) in zip(axes[0], counts.items()):
-            share = (count.float() / count.sum()).sort(descending=True).values.cpu()
+            share = (count.float() / count.sum()).sort(descending=True).values.cpu().numpy()
             ax.bar(range(1, len(share) + 1), 100 * share, color=colors[name], width=0.85)
             ax.axhline(100 / len(share), color=COLORS["original"], ls=":", lw=1)
             ax.set_title(f"{name}: {int((count > 0).sum())} of {len(count)} used,\nperplexity {spread[name]:.1f}")
@@ -315,12 +317,12 @@ def plot_palette(
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), width_ratios=[1.6, 1], layout="constrained")
         swatches = torch.stack([codebook.cpu()[order], plus.cpu()[order], minus.cpu()[order]])   # [3, K, 3]
-        left.imshow(swatches.clamp(0, 1), aspect="auto", interpolation="nearest")
+        left.imshow(swatches.clamp(0, 1).numpy(), aspect="auto", interpolation="nearest")
         left.set_yticks(range(3), ["entry\n(colour)", "+ atom", "− atom"])
         left.set_xticks(range(0, K, max(1, K // 16)), order[::max(1, K // 16)].tolist()); left.set_xlabel("entry, from dark to light")
         left.set_yticks([0.5, 1.5], minor=True); left.grid(which="minor", axis="y", color="white", lw=4); left.tick_params(length=0, which="both")
         left.spines[:].set(visible=True, color="#DDDDDD")
-        picture = right.imshow(angle, cmap="cividis", vmin=0, vmax=90, interpolation="nearest")
+        picture = right.imshow(angle.numpy(), cmap="cividis", vmin=0, vmax=90, interpolation="nearest")
         right.set_xticks([]); right.set_yticks([]); right.spines[:].set_visible(False)
         right.set_title("angle between the lines of two atoms"); figure.colorbar(picture, ax=right, label="degrees")
         figure.suptitle(title or f"{K} colours, but {close} of {pairs} pairs of atoms lie within {degrees:g}° of one line")
@@ -340,7 +342,7 @@ def plot_ratios(
     if title is None:
         title = (f"Over {len(ratios)} batches the ratio runs from {ratios.min():.2g} to {ratios.max():.2g} (median {ratios.median():.2g});\n"
                  f"{100 * below:.0f}% lie below {reference:.2f}, and in {100 * worse:.0f}% DL is worse than VQ")
-    edges = np.geomspace(min(float(ratios.min()), 0.9) * 0.98, max(float(ratios.max()), reference) * 1.02, 31)
+    edges = np.geomspace(min(float(ratios.min()), 0.9) * 0.98, max(float(ratios.max()), reference) * 1.02, 21)
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
         ax.hist(ratios.numpy(), bins=edges, color=COLORS["dl"], alpha=0.75, edgecolor="white")
