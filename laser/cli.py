@@ -283,6 +283,7 @@ def plan_runs(
     if not given.train.resume:
         folder, models = Path(given.output_dir), split_model(given.model)
         if len(models) == 1: return folder, [(given, None)]
+        if given.checkpoint.dirpath: raise ValueError("checkpoint.dirpath is for one model: with model=both each run has a folder of its own below output_dir")
         return folder, [(replace(given, model=m, output_dir=str(folder/m.type)), None) for m in models]
     place = Path(given.train.resume).expanduser()
     if not (place/"job.json").is_file():  # one run, or one checkpoint
@@ -365,6 +366,8 @@ def train_job(cfg):
     d = first.data
     test = get_dataset(d.dataset, "test", d.root, d.image_size, seed=first.seed)
     fabric = make_fabric(first.train)
+    if HydraConfig.get().mode.name == "MULTIRUN" and fabric.world_size > 1:
+        raise ValueError("a sweep (-m) runs in one process: set train.devices=1 train.num_nodes=1, or start a job for each value")
     fabric.launch()
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -474,7 +477,7 @@ def evaluate_job(cfg):
     "What `laser_evaluate` does."
     from omegaconf import OmegaConf
     from torch.utils.data import DataLoader
-    from laser.data import get_dataset
+    from laser.data import get_dataset, worker_count
     from laser.metrics import load_fid, load_lpips
     from laser.models import load_pretrained
     from laser.training import evaluation_rows, format_table
@@ -483,7 +486,7 @@ def evaluate_job(cfg):
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], OmegaConf.to_object(cfg.data))
     images = get_dataset(data.dataset, cfg.split, data.root, data.image_size, cfg.limit, cfg.seed)
-    loader = DataLoader(images, data.batch_size, num_workers=data.num_workers or 0)
+    loader = DataLoader(images, data.batch_size, num_workers=worker_count(images) if data.num_workers is None else data.num_workers)
     lpips, fid = load_lpips() if cfg.lpips else None, load_fid(device) if cfg.fid else None
     if lpips is not None: lpips.to(device)
     rows = []

@@ -691,7 +691,7 @@ def fit(
     several, is_first, device = fabric.world_size > 1, fabric.is_global_zero, fabric.device
     look_every = 1 if device.type == "cpu" else t.log_every_n_steps  # on a GPU a look at the loss costs a wait
     torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
-    torch.use_deterministic_algorithms(t.deterministic)
+    if t.deterministic: torch.use_deterministic_algorithms(True)
 
     train_set, val_set = datasets or make_datasets(config.data, "train", "val", seed=config.seed)
     loader, val_loader = training_loaders(config, train_set, val_set, fabric.global_rank, fabric.world_size, device.type == "cuda")
@@ -834,7 +834,7 @@ def fit(
 
     if logs: logs.close()
     if stopped and is_first: print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"
-                                   f"Go on with: laser_train train.resume={folder}")
+                                   f"Go on with: laser_train train.resume={checkpoints.folder/'last' if config.checkpoint.dirpath else folder}")
     best, last = (checkpoints.folder/name if name else None for name in fabric.broadcast((checkpoints.best, checkpoints.last)))
     return FitResult(folder, not stopped, at.step, at.seconds, row, best, last)
 
