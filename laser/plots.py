@@ -216,7 +216,7 @@ def plot_code_heatmaps(
     levels = ListedColormap(plt.get_cmap("cividis")(np.linspace(0, 1, slots + 1)))
     heads = [f"{names[0]}\nindex", f"{names[1]}\nlargest coefficient", f"{names[1]}\natoms used", f"{names[1]}\nleading atom"]
     with plt.rc_context(STYLE):
-        figure, axes = get_grid(rows * 5, nrows=rows, ncols=5, figsize=(9.2, 1.86 * rows + 1.1),
+        figure, axes = get_grid(rows * 5, nrows=rows, ncols=5, figsize=(9.2, 1.86 * rows + 1.4),
                                 title=title or f"{names[0]} picks one entry; {_share_finding(dl_codes, names[1])}")
         for i, row in enumerate(axes):
             indices = vq_codes[i].cpu()
