@@ -912,7 +912,7 @@ def _fused_kernel():
                 overlap = tl.sum(inverse * row[:, None, :], axis=2)
                 rho = tl.sqrt(tl.maximum(own - tl.sum(overlap * overlap, axis=1), 1e-12))
                 weight = -tl.sum(inverse * overlap[:, :, None], axis=1) / rho[:, None]
-                weight = tl.where(here, 1.0 / rho[:, None], weight)
+                weight = tl.where(active[:, None], tl.where(here, 1.0 / rho[:, None], weight), 0.0)
                 inverse = tl.where((s == n)[None, :, None], weight[:, None, :], inverse)
                 along = correlation / rho
                 remaining -= along * along
