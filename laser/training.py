@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'COLUMNS', 'VQVAEConfig', 'DLVAEConfig', 'DataConfig', 'Tr
            'rng_state', 'set_rng_state', 'flush_to_disk', 'atomic_folder', 'write_atomically', 'CheckpointError',
            'Checkpoints', 'find_checkpoint', 'StopSignal', 'ignore_interrupts', 'append_row', 'keep_rows', 'Loggers',
            'make_datasets', 'evaluate', 'reconstruction_picture', 'make_perceptual', 'NonFiniteLoss', 'Position',
-           'psnr_of_loss', 'make_fabric', 'diverged', 'epoch_line', 'lr_now', 'gather', 'progress_bar',
+           'psnr_of_loss', 'make_fabric', 'diverged', 'epoch_line', 'lr_now', 'gather', 'progress_bar', 'show',
            'load_training_state', 'training_loaders', 'FitResult', 'fit', 'profile_step', 'training_speed',
            'evaluation_rows', 'format_table']
 
@@ -448,22 +448,28 @@ class Loggers:
         folder: Path,    # the run's folder
         config: Config,  # train.tensorboard and group wandb
         step: int = 0,   # step a resumed run starts from
+        active: bool = True,  # False on all processes but the first: nothing is written
     ):
-        self.folder, self.board, self.wandb = Path(folder), None, None
+        self.folder, self.active, self.board, self.wandb = Path(folder), active, None, None
+        if not active: return
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.csv", "steps.csv"): keep_rows(self.folder/name, step)
         if config.train.tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install 'laser[tensorboard]' or pip install tensorboard") from e
+            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install 'laser[tensorboard]' "
+                                                       "or pip install tensorboard") from e
             self.board = SummaryWriter(self.folder/"tensorboard", purge_step=step or None)
         if config.wandb.enabled:
             try: import wandb
-            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install 'laser[wandb]' or pip install wandb") from e
+            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install 'laser[wandb]' "
+                                                       "or pip install wandb") from e
             w = config.wandb
             self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity, dir=w.save_dir or str(self.folder),
                                     mode=w.mode, config=asdict(config))
 
     def scalars(self, file: str, row: dict) -> None:
         "One line for `metrics.csv` or `steps.csv`, and the same numbers to the others."
+        if not self.active: return
         append_row(self.folder/file, row)
         numbers = {k: v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
         if self.board: [self.board.add_scalar(f"{file.split('.')[0]}/{k}", v, row["step"]) for k, v in numbers.items()]
@@ -471,6 +477,7 @@ class Loggers:
 
     def picture(self, file: str, image: torch.Tensor, step: int) -> None:
         "Save one picture [3, H, W] in [0, 1] as PNG, and send it to the others."
+        if not self.active: return
         from torchvision.utils import save_image
         path = self.folder/file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -480,12 +487,14 @@ class Loggers:
             import wandb
             self.wandb.log(dict(reconstructions=wandb.Image(str(path))), step=step)
 
-    def close(self) -> None:
-        "Finish the files."
+    def __enter__(self): return self
+
+    def __exit__(self, *exception):
+        "Finish the files, also after an error."
         if self.board: self.board.close()
         if self.wandb: self.wandb.finish()
 
-# %% ../nbs/08_training.ipynb #0068
+# %% ../nbs/08_training.ipynb #0070
 def make_datasets(
     config: DataConfig,     # group `data`
     *splits: str,           # of "train", "val" and "test"
@@ -495,7 +504,7 @@ def make_datasets(
     limits = dict(train=config.limit, val=config.limit_val)
     return [get_dataset(config.dataset, split, config.root, config.image_size, limits.get(split), seed) for split in splits]
 
-# %% ../nbs/08_training.ipynb #0071
+# %% ../nbs/08_training.ipynb #0073
 @torch.no_grad()
 def evaluate(
     model: Autoencoder,              # put into eval mode here and left as it was found
@@ -524,7 +533,7 @@ def evaluate(
         if coefficient_bits is not None: bottleneck.coefficient_bits = was_bits
         model.train(was_training)
 
-# %% ../nbs/08_training.ipynb #0074
+# %% ../nbs/08_training.ipynb #0076
 @torch.no_grad()
 def reconstruction_picture(
     model: Autoencoder,    # put into eval mode here and left as it was found
@@ -536,7 +545,7 @@ def reconstruction_picture(
     model.train(was_training)
     return torch.cat([torch.cat(list(images), dim=-1) for images in (x, y)], dim=-2).float().cpu()
 
-# %% ../nbs/08_training.ipynb #0077
+# %% ../nbs/08_training.ipynb #0079
 def make_perceptual(
     weight: float,     # model.perceptual_weight
     device,            # where to compute
@@ -549,11 +558,11 @@ def make_perceptual(
     except OSError as e: raise OSError(f"model.perceptual_weight={weight} cannot be used: {e}") from e
     return lambda x, y: weight*lpips(x, y).mean()
 
-# %% ../nbs/08_training.ipynb #0080
+# %% ../nbs/08_training.ipynb #0082
 class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; the message says at which step and what remains."
 
-# %% ../nbs/08_training.ipynb #0082
+# %% ../nbs/08_training.ipynb #0084
 @dataclass
 class Position:
     "Where a run stands, and what it has summed up since the epoch began."
@@ -570,14 +579,14 @@ class Position:
         "One epoch is done; the sums start again."
         self.epoch, self.batch, self.images, self.batches, self.loss, self.mse = self.epoch + 1, 0, 0, 0, 0.0, 0.0
 
-# %% ../nbs/08_training.ipynb #0085
+# %% ../nbs/08_training.ipynb #0087
 def psnr_of_loss(
     mse: float,  # mean squared error on [-1, 1]
 ) -> float:  # dB
     "PSNR (data range 1 on [0, 1]) of a mean squared error on [-1, 1]."
     return 10*math.log10(4/max(mse, 1e-12))
 
-# %% ../nbs/08_training.ipynb #0088
+# %% ../nbs/08_training.ipynb #0090
 def make_fabric(
     config: TrainConfig,  # accelerator, devices, num_nodes, strategy, precision
 ):  # a lightning.fabric.Fabric, not launched yet
@@ -588,23 +597,23 @@ def make_fabric(
     return Fabric(accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
 
-# %% ../nbs/08_training.ipynb #0091
+# %% ../nbs/08_training.ipynb #0093
 def diverged(step, epoch, checkpoints):
     "The error for a loss that is not finite."
     left = f"the last good checkpoint is {checkpoints.folder/checkpoints.last}" if checkpoints.last else "no checkpoint had been written yet"
     return NonFiniteLoss(f"the loss became NaN or infinite at step {step} (epoch {epoch + 1}); {left}. "
                          "Lower train.learning_rate or train.gradient_clip_val, or use train.precision=32-true")
 
-# %% ../nbs/08_training.ipynb #0092
+# %% ../nbs/08_training.ipynb #0094
 def epoch_line(name, row, max_epochs):
     "What is printed after an epoch."
     return (f"{name} epoch {row['epoch']}/{max_epochs}: loss {row['train_loss']:.4f}, validation PSNR {row['val_psnr']:.2f} dB, "
             f"SSIM {row['val_ssim']:.3f}, usage {row['val_usage']:.0%}, {row['images_per_second']:.0f} images/s")
 
-# %% ../nbs/08_training.ipynb #0093
+# %% ../nbs/08_training.ipynb #0095
 def lr_now(optimizer): return optimizer.param_groups[0]["lr"]
 
-# %% ../nbs/08_training.ipynb #0094
+# %% ../nbs/08_training.ipynb #0096
 def gather(fabric, thing):
     "A list of the thing of every process."
     if fabric.world_size == 1: return [thing]
@@ -612,7 +621,7 @@ def gather(fabric, thing):
     torch.distributed.all_gather_object(things, thing)
     return things
 
-# %% ../nbs/08_training.ipynb #0097
+# %% ../nbs/08_training.ipynb #0099
 def progress_bar(
     show: bool,         # False: a bar that draws nothing
     total_steps: int,   # steps in the whole run
@@ -625,6 +634,12 @@ def progress_bar(
     return tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not show, **quiet)
 
 # %% ../nbs/08_training.ipynb #0100
+def show(bar, name, now, max_epochs):
+    "Epoch, loss, PSNR and speed at the ends of the bar."
+    bar.set_description(f"{name} epoch {now['epoch']}/{max_epochs}", refresh=False)
+    bar.set_postfix({"loss": f"{now['loss']:.4f}", "PSNR": f"{now['psnr']:.2f}", "images/s": f"{now['images_per_second']:.0f}"}, refresh=False)
+
+# %% ../nbs/08_training.ipynb #0103
 def load_training_state(
     folder: Path,        # one checkpoint
     model: Autoencoder,  # gets the weights
@@ -639,7 +654,7 @@ def load_training_state(
     model.load_state_dict(state["model"])
     return state
 
-# %% ../nbs/08_training.ipynb #0103
+# %% ../nbs/08_training.ipynb #0106
 def training_loaders(
     config: Config,     # data, train.limit_train_batches, seed
     train: Images,      # training set
@@ -658,7 +673,7 @@ def training_loaders(
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, wanted)
     return loaders
 
-# %% ../nbs/08_training.ipynb #0106
+# %% ../nbs/08_training.ipynb #0109
 @dataclass
 class FitResult:
     "What a run leaves behind."
@@ -670,7 +685,7 @@ class FitResult:
     best: Optional[Path]     # the best checkpoint
     last: Optional[Path]     # the newest checkpoint
 
-# %% ../nbs/08_training.ipynb #0107
+# %% ../nbs/08_training.ipynb #0110
 def fit(
     config: Config,                         # everything that decides the run
     resume: Optional[str | Path] = None,    # run folder or checkpoint to go on from; None: start anew
@@ -694,7 +709,8 @@ def fit(
     if t.deterministic: torch.use_deterministic_algorithms(True)
 
     train_set, val_set = datasets or make_datasets(config.data, "train", "val", seed=config.seed)
-    loader, val_loader = training_loaders(config, train_set, val_set, fabric.global_rank, fabric.world_size, device.type == "cuda")
+    loader, val_loader = training_loaders(config, train_set, val_set, fabric.global_rank, fabric.world_size,
+                                          on_gpu=device.type == "cuda")
     sampler, accumulate = loader.batch_sampler, t.accumulate_grad_batches
     batches = sampler.steps_per_epoch
     total_steps = t.max_epochs*math.ceil(batches/accumulate)
@@ -721,9 +737,9 @@ def fit(
         set_rng_state(state["rng"][fabric.global_rank % len(state["rng"])])
         checkpoints.forget_after(at.step)
     elif checkpoints.last:
-        raise FileExistsError(f"{folder} holds a run already: set train.resume={folder} to go on with it, or output_dir to another folder")
-    if is_first: folder.mkdir(parents=True, exist_ok=True)
-    logs = Loggers(folder, config, at.step) if is_first else None
+        raise FileExistsError(f"{folder} holds a run already: set train.resume={folder} to go on with it, "
+                              "or output_dir to another folder")
+    logs = Loggers(folder, config, at.step, active=is_first)
     bar = progress_bar(t.progress and is_first, total_steps, at.step, config.model.type)
 
     def look():
@@ -741,9 +757,9 @@ def fit(
         "Write a checkpoint; an error on the first process is an error on all."
         nonlocal began
         at.seconds, began = at.seconds + time.perf_counter() - began, time.perf_counter()
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), position=asdict(at), watch=asdict(watch),
-                     slope=asdict(slope), rng=gather(fabric, rng_state()), average=average.model.state_dict() if average else None,
-                     scaler=fabric._precision.state_dict())
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=fabric._precision.state_dict(),
+                     average=average.model.state_dict() if average else None, position=asdict(at),
+                     watch=asdict(watch), slope=asdict(slope), rng=gather(fabric, rng_state()))
         def write(place):
             judged._save_pretrained(place)
             (place/"run.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
@@ -756,7 +772,7 @@ def fit(
         if error: raise CheckpointError(error)
 
     # --- train ----------------------------------------------------------------------------------------------------
-    with StopSignal() as stop, bar:
+    with StopSignal() as stop, bar, logs:
         patience = math.inf if t.early_stopping_patience is None else t.early_stopping_patience
         while at.epoch < t.max_epochs and at.step < total_steps and watch.bad_epochs < patience:
             model.train()
@@ -781,7 +797,8 @@ def fit(
                     fabric.backward(loss/group)                                      # find the slope
                 norm = torch.zeros((), device=device)
                 if updating:
-                    if t.gradient_clip_val: norm = fabric.clip_gradients(wrapped, optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
+                    if t.gradient_clip_val:
+                        norm = fabric.clip_gradients(wrapped, optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
                     optimizer.step()                                                 # step downhill
                     optimizer.zero_grad()
                     if isinstance(model, DLVAE): model.bottleneck.normalize_()       # atoms back to unit norm
@@ -793,14 +810,12 @@ def fit(
                 at.batch, images = at.batch + 1, images + len(x)*fabric.world_size
                 if updating:
                     bar.update(1)
-                    speed = images/(time.perf_counter() - epoch_began)
-                    logging = at.step % t.log_every_n_steps == 0
                     if at.step % look_every == 0:
                         stopped = look()
-                        numbers = dict(loss=at.loss/at.batches, psnr=psnr_of_loss(at.mse/at.batches))
-                        bar.set_description(f"{config.model.type} epoch {at.epoch + 1}/{t.max_epochs}", refresh=False)
-                        bar.set_postfix({"loss": f"{numbers['loss']:.4f}", "PSNR": f"{numbers['psnr']:.2f}", "images/s": f"{speed:.0f}"}, refresh=False)
-                        if is_first and logging: logs.scalars("steps.csv", dict(epoch=at.epoch + 1, step=at.step, **numbers, learning_rate=lr, images_per_second=speed))
+                        now = dict(epoch=at.epoch + 1, step=at.step, loss=at.loss/at.batches, psnr=psnr_of_loss(at.mse/at.batches),
+                                   learning_rate=lr, images_per_second=images/(time.perf_counter() - epoch_began))
+                        show(bar, config.model.type, now, t.max_epochs)
+                        if at.step % t.log_every_n_steps == 0: logs.scalars("steps.csv", now)
                     every = config.checkpoint.every_n_steps
                     if every and at.step % every == 0 and at.batch < batches and not stopped: look(), save()
                     if stopped or at.step >= total_steps: break
@@ -819,12 +834,11 @@ def fit(
                        **{f"val_{k}": v for k, v in results.items() if k != "images"}, learning_rate=lr_now(optimizer),
                        images_per_second=images/max(spent, 1e-9), waiting_for_data=waited/max(spent, 1e-9),
                        seconds=at.seconds + time.perf_counter() - began)
-            if is_first:
-                logs.scalars("metrics.csv", row)
-                if t.progress: bar.write(epoch_line(config.model.type, row, t.max_epochs))
-                if t.pictures:
-                    first = torch.stack([val_set[i] for i in range(min(t.pictures, len(val_set)))]).to(device)
-                    logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png", reconstruction_picture(judged, first), at.step)
+            logs.scalars("metrics.csv", row)
+            if not bar.disable: bar.write(epoch_line(config.model.type, row, t.max_epochs))
+            if t.pictures and is_first:
+                first = val_set.batch(range(min(t.pictures, len(val_set)))).to(device)
+                logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png", reconstruction_picture(judged, first), at.step)
             value = row[config.checkpoint.monitor]
             watch.update(value)
             if t.schedule == "plateau" and not slope.update(value) and slope.bad_epochs > t.plateau_patience:
@@ -832,13 +846,13 @@ def fit(
             if at.batch == batches: at.next_epoch()         # not so if max_steps ended the run within an epoch
             save(value)
 
-    if logs: logs.close()
-    if stopped and is_first: print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"
-                                   f"Go on with: laser_train train.resume={checkpoints.folder/'last' if config.checkpoint.dirpath else folder}")
+    if stopped and is_first:
+        print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"
+              f"Go on with: laser_train train.resume={checkpoints.folder/'last' if config.checkpoint.dirpath else folder}")
     best, last = (checkpoints.folder/name if name else None for name in fabric.broadcast((checkpoints.best, checkpoints.last)))
     return FitResult(folder, not stopped, at.step, at.seconds, row, best, last)
 
-# %% ../nbs/08_training.ipynb #0130
+# %% ../nbs/08_training.ipynb #0133
 def profile_step(
     model: Autoencoder,    # on its device
     loader,                # batches [B, 3, H, W] in [0, 1], at least one
@@ -874,7 +888,7 @@ def profile_step(
     parts = dict(zip(("data", "encoder", "bottleneck", "decoder", "optimiser"), median.tolist()))
     return dict(parts, step=sum(parts.values()))
 
-# %% ../nbs/08_training.ipynb #0133
+# %% ../nbs/08_training.ipynb #0136
 def training_speed(
     configs: dict[str, VQVAEConfig | DLVAEConfig],  # name -> group `model`
     x: torch.Tensor,       # a batch [B, 3, H, W] in [0, 1], on the device to measure
@@ -896,7 +910,7 @@ def training_speed(
             times[name].append(time.perf_counter() - start)
     return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
 
-# %% ../nbs/08_training.ipynb #0136
+# %% ../nbs/08_training.ipynb #0139
 def evaluation_rows(
     name: str,               # of the model, for the first column
     model: Autoencoder,      # on its device
@@ -913,15 +927,16 @@ def evaluation_rows(
     else: variants = [("continuous coefficients", None)] + ([(f"{bits} bits", bits)] if bits else [])
     return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid)) for text, b in variants]
 
-# %% ../nbs/08_training.ipynb #0137
-COLUMNS = dict(model="model", coefficients="coefficients", mse="MSE", psnr="PSNR (mean)", psnr_of_mean_mse="PSNR of mean MSE", ssim="SSIM",
-               lpips="LPIPS", rfid="rFID", usage="usage", perplexity="perplexity", bits_per_pixel="bits/pixel")
+# %% ../nbs/08_training.ipynb #0140
+COLUMNS = dict(model="model", coefficients="coefficients", mse="MSE", psnr="PSNR (mean)", psnr_of_mean_mse="PSNR of mean MSE",
+               ssim="SSIM", lpips="LPIPS", rfid="rFID", usage="usage", perplexity="perplexity", bits_per_pixel="bits/pixel")
 
 def format_table(
     rows: list[dict],  # of `evaluation_rows`
 ) -> str:  # lines of equal columns
     "A table for a terminal; columns that no row has are left out."
-    styles = dict(mse=".5f", psnr=".2f", psnr_of_mean_mse=".2f", ssim=".4f", lpips=".4f", rfid=".2f", usage=".1%", perplexity=".1f", bits_per_pixel=".4g")
+    styles = dict(mse=".5f", psnr=".2f", psnr_of_mean_mse=".2f", ssim=".4f", lpips=".4f", rfid=".2f", usage=".1%",
+                  perplexity=".1f", bits_per_pixel=".4g")
     used = [c for c in COLUMNS if any(c in row for row in rows)]
     text = lambda c, row: "" if c not in row else format(row[c], styles[c]) if c in styles else str(row[c])
     lines = [[COLUMNS[c] for c in used]] + [[text(c, row) for c in used] for row in rows]
