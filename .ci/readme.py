@@ -8,16 +8,22 @@ import nbformat
 root = Path(__file__).resolve().parents[1]
 
 
+def rendered(cell) -> str:
+    """A cell as Markdown: text as it is, code as code, and of a cell with `echo: false` the Markdown it put out."""
+    if cell.cell_type == "markdown":
+        return cell.source.strip()
+    if re.search(r"^#\| hide", cell.source, re.M):
+        return ""
+    if re.search(r"^#\| echo: false", cell.source, re.M):
+        return "\n\n".join(o.data["text/markdown"].strip() for o in cell.outputs if "text/markdown" in o.get("data", {}))
+    source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
+    return f"```python\n{source}\n```"
+
+
 def readme() -> str:
-    """The README as Markdown: the cells of the index, with links that hold from the top of the repository."""
-    parts = []
-    for cell in nbformat.read(root / "nbs/index.ipynb", as_version=4).cells:
-        if cell.cell_type == "markdown":
-            parts.append(cell.source.strip())
-        elif not cell.source.startswith("#| hide"):
-            source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
-            parts.append(f"```python\n{source}\n```")
-    text = "\n\n".join(parts) + "\n"
+    """The README, with links that hold from the top of the repository."""
+    cells = nbformat.read(root / "nbs/index.ipynb", as_version=4).cells
+    text = "\n\n".join(part for part in map(rendered, cells) if part) + "\n"
     return re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text)
 
 
