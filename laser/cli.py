@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
-# %% ../nbs/12_cli.ipynb #0007
+# %% ../nbs/12_cli.ipynb #0008
 def rewrite_types(
     words: list[str],  # of the command line
 ) -> list[str]:  # with the groups chosen
@@ -29,17 +29,17 @@ def rewrite_types(
         return word
     return [rewrite(word) for word in words]
 
-# %% ../nbs/12_cli.ipynb #0009
+# %% ../nbs/12_cli.ipynb #0010
 def quoted(
     text: str,  # any path
 ) -> str:  # the same as a quoted value of an override
     "A value that Hydra takes literally, whatever characters are in it."
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-# %% ../nbs/12_cli.ipynb #0011
+# %% ../nbs/12_cli.ipynb #0012
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
 
-# %% ../nbs/12_cli.ipynb #0012
+# %% ../nbs/12_cli.ipynb #0013
 def flags_first(
     words: list[str],  # of the command line
 ) -> list[str]:  # the same, flags and their values first
@@ -47,7 +47,7 @@ def flags_first(
     is_flag = [w.startswith("-") or (i > 0 and words[i - 1] in FLAGS_WITH_VALUE and "=" not in w) for i, w in enumerate(words)]
     return [w for w, flag in zip(words, is_flag) if flag] + [w for w, flag in zip(words, is_flag) if not flag]
 
-# %% ../nbs/12_cli.ipynb #0014
+# %% ../nbs/12_cli.ipynb #0015
 def rewrite_paths(
     words: list[str],  # of the command line
     first: str,        # key that the first path goes to
@@ -60,11 +60,11 @@ def rewrite_paths(
     if not rest: return kept + ([f"{first}=[{','.join(paths)}]"] if paths else [])
     return kept + [f"{first}={p}" for p in paths[:1]] + ([f"{rest}=[{','.join(paths[1:])}]"] if paths[1:] else [])
 
-# %% ../nbs/12_cli.ipynb #0017
+# %% ../nbs/12_cli.ipynb #0018
 QUICK_START = ["data.image_size=64", "data.batch_size=32", "model.num_hiddens=64", "model.num_embeddings=256", "train.max_epochs=10",
                "train.learning_rate=1e-3", "train.warmup_steps=20"]
 
-# %% ../nbs/12_cli.ipynb #0018
+# %% ../nbs/12_cli.ipynb #0019
 def add_quick_start(
     words: list[str],  # of `laser_train`
 ) -> list[str]:  # with the sizes of the quick start first, where the data are the built-in sample
@@ -73,7 +73,7 @@ def add_quick_start(
     resumed = any(w.startswith("train.resume=") for w in words)
     return words if resumed or chosen not in ([], ["sample"]) else [*QUICK_START, *words]
 
-# %% ../nbs/12_cli.ipynb #0021
+# %% ../nbs/12_cli.ipynb #0022
 def job_classes():
     "The dataclasses that Hydra is told about, made when they are needed: importing torch takes seconds."
     from laser.training import CheckpointConfig, DataConfig, DLVAEConfig, TrainConfig, VQVAEConfig, WandbConfig
@@ -92,7 +92,7 @@ def job_classes():
         train=dict(default=TrainConfig), wandb=dict(default=WandbConfig), checkpoint=dict(default=CheckpointConfig))
     return options
 
-# %% ../nbs/12_cli.ipynb #0023
+# %% ../nbs/12_cli.ipynb #0024
 def split_model(
     config,  # group `model`
 ) -> list:  # the configuration of each model to train, VQ first
@@ -102,7 +102,7 @@ def split_model(
     own = {k: v for k, v in asdict(config).items() if k != "type" and not (k == "init" and v is None)}
     return [cls(**{f.name: own[f.name] for f in fields(cls) if f.name in own}) for cls in (VQVAEConfig, DLVAEConfig)]
 
-# %% ../nbs/12_cli.ipynb #0026
+# %% ../nbs/12_cli.ipynb #0027
 def valid_names(
     words: list[str],  # the command line
     groups: dict,      # group -> option -> dataclass
@@ -128,7 +128,7 @@ def valid_names(
         elif tail: lines.append(f"{key}: {head} has no keys of its own")
     return lines
 
-# %% ../nbs/12_cli.ipynb #0028
+# %% ../nbs/12_cli.ipynb #0029
 def run_command(
     name: str,        # of the command
     job,              # dataclass of the whole configuration, with Hydra's `defaults`
@@ -163,7 +163,7 @@ def run_command(
         return e.code if isinstance(e.code, int) else int(bool(e.code))
     return state["code"]
 
-# %% ../nbs/12_cli.ipynb #0029
+# %% ../nbs/12_cli.ipynb #0030
 def fail(name, error, code=1):
     "Say what went wrong, in one message; the exit code. Of an error in a loader process its last line counts."
     text = str(error)
@@ -171,7 +171,7 @@ def fail(name, error, code=1):
     print(f"{name}: {text}", file=sys.stderr)
     return code
 
-# %% ../nbs/12_cli.ipynb #0032
+# %% ../nbs/12_cli.ipynb #0033
 def key_lines(
     cls,               # a dataclass of a group or of a whole configuration
     prefix: str = "",  # before each key: the group and a dot
@@ -194,7 +194,7 @@ def key_lines(
         lines.append(f"  {f'{prefix}{f.name}={shown}':<36} {next((m.group(1) for m in found if m), '')}".rstrip())
     return lines
 
-# %% ../nbs/12_cli.ipynb #0035
+# %% ../nbs/12_cli.ipynb #0036
 def hydra_settings(
     name: str,       # of the command
     folder: str,     # under outputs/ and multirun/
@@ -217,7 +217,7 @@ def hydra_settings(
     return dict(run=dict(dir=f"outputs/{folder}/{stamp}"), sweep=dict(dir=f"multirun/{folder}/{stamp}"), job=dict(name=name, chdir=False),
                 help=dict(app_name=name, template="\n\n".join(parts)), job_logging=dict(disable_existing_loggers=False))
 
-# %% ../nbs/12_cli.ipynb #0038
+# %% ../nbs/12_cli.ipynb #0039
 def train_job_class(groups):
     "The dataclass of the whole configuration of `laser_train`."
     from omegaconf import MISSING
@@ -247,7 +247,7 @@ data=sample (the default) uses small sizes: """ + " ".join(QUICK_START)
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_train", "train", text, groups, TrainJob))
     return TrainJob
 
-# %% ../nbs/12_cli.ipynb #0044
+# %% ../nbs/12_cli.ipynb #0046
 def as_config(
     cfg,  # of Hydra
 ):  # -> laser.training.Config, whose model may be of type "both"
@@ -257,7 +257,7 @@ def as_config(
     parts = {name: OmegaConf.to_object(cfg[name]) for name in ("model", "data", "train", "wandb", "checkpoint")}
     return Config(**parts, seed=cfg.seed, output_dir=str(cfg.output_dir))
 
-# %% ../nbs/12_cli.ipynb #0046
+# %% ../nbs/12_cli.ipynb #0048
 def resumed_config(
     stored,           # Config of the run that goes on
     given,            # Config of this command line
@@ -273,7 +273,7 @@ def resumed_config(
         elif hasattr(stored, group) and not (group == "model" and given.model.type == "both"): setattr(stored, group, getattr(given, group))
     return stored
 
-# %% ../nbs/12_cli.ipynb #0048
+# %% ../nbs/12_cli.ipynb #0050
 def plan_runs(
     given,             # Config; its model may be "both"
     words: list[str],  # overrides of the command line
@@ -300,7 +300,7 @@ def plan_runs(
         runs.append((resumed_config(config, given, words), find_checkpoint(config.output_dir) if started else None))
     return place, runs
 
-# %% ../nbs/12_cli.ipynb #0051
+# %% ../nbs/12_cli.ipynb #0053
 def versions() -> dict:
     "What the numbers were made with."
     import platform
@@ -312,7 +312,7 @@ def versions() -> dict:
     import laser
     return dict(laser=laser.__version__, python=platform.python_version(), platform=platform.platform(), **{n: of(n) for n in names})
 
-# %% ../nbs/12_cli.ipynb #0053
+# %% ../nbs/12_cli.ipynb #0055
 def write_results(
     folder: Path,       # made if it is not there
     rows: list[dict],   # of `evaluation_rows`
@@ -331,7 +331,7 @@ def write_results(
     write_atomically(folder/"results.csv", text.getvalue())
     return [folder/"results.json", folder/"results.csv"]
 
-# %% ../nbs/12_cli.ipynb #0056
+# %% ../nbs/12_cli.ipynb #0058
 def comparison_figure(
     x: "torch.Tensor",         # images [n, 3, H, W] in [0, 1]
     models: dict,              # name -> model, one or two
@@ -350,7 +350,7 @@ def comparison_figure(
     titles = [text for e in errors for text in ("original", f"{names[0]}, MSE {e:.2g}")]
     return show_images(images, titles, ncols=2)
 
-# %% ../nbs/12_cli.ipynb #0059
+# %% ../nbs/12_cli.ipynb #0061
 NAMES = dict(vqvae="VQ-VAE", dlvae="DL-VAE")
 
 def train_job(cfg):
@@ -393,7 +393,7 @@ def train_job(cfg):
     print(f"\nTrained in {seconds/60:.1f} minutes. Reconstructions: {folder/'reconstructions.png'}\nTable: {folder/'results.csv'}\n"
           f"Checkpoints: {', '.join(str(r.best or r.last) for r in results)}")
 
-# %% ../nbs/12_cli.ipynb #0061
+# %% ../nbs/12_cli.ipynb #0063
 def check_model_fits(
     config,  # laser.training.Config of one run
 ) -> None:
@@ -404,14 +404,14 @@ def check_model_fits(
         raise ValueError(f"data.image_size={size} is not divisible by {divisor} (model.downsampling_factor times model.patch_size); "
                          f"use {max(1, size//divisor)*divisor} or {-(-size//divisor)*divisor}")
 
-# %% ../nbs/12_cli.ipynb #0063
+# %% ../nbs/12_cli.ipynb #0065
 def train() -> None:
     "Entry point of `laser_train`."
     groups = job_classes()
     words = add_quick_start(rewrite_types(sys.argv[1:]))
     sys.exit(run_command("laser_train", train_job_class(groups), train_job, groups, words))
 
-# %% ../nbs/12_cli.ipynb #0065
+# %% ../nbs/12_cli.ipynb #0067
 def evaluate_job_class(groups):
     "The dataclass of the whole configuration of `laser_evaluate`."
     from omegaconf import MISSING
@@ -439,7 +439,7 @@ def evaluate_job_class(groups):
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_evaluate", "evaluate", text, groups, EvaluateJob))
     return EvaluateJob
 
-# %% ../nbs/12_cli.ipynb #0066
+# %% ../nbs/12_cli.ipynb #0068
 def find_models(
     places: list[str],  # runs, checkpoints, saved models, or folders that hold a run of each model
 ) -> list[Path]:  # folders that `load_pretrained` reads
@@ -451,7 +451,7 @@ def find_models(
         found += [find_checkpoint(part, "best") for part in parts or [place]]
     return found
 
-# %% ../nbs/12_cli.ipynb #0068
+# %% ../nbs/12_cli.ipynb #0070
 def data_of(
     checkpoint: Path,  # folder of a model
     given,             # DataConfig of the command line; dataset "checkpoint" means the checkpoint's own
@@ -464,7 +464,7 @@ def data_of(
     changed = {f.name: getattr(given, f.name) for f in fields(DataConfig) if f.name != "dataset" and getattr(given, f.name) != f.default}
     return replace(stored, **changed)
 
-# %% ../nbs/12_cli.ipynb #0070
+# %% ../nbs/12_cli.ipynb #0073
 def pick_device(accelerator):
     "The torch device that a name means; auto takes a GPU where there is one."
     import torch
@@ -472,7 +472,7 @@ def pick_device(accelerator):
     if accelerator != "auto" and not there.get(accelerator): raise ValueError(f"accelerator={accelerator} is not here; choose auto or {', '.join(n for n, ok in there.items() if ok)}")
     return torch.device(accelerator if accelerator != "auto" else next(n for n, ok in there.items() if ok))
 
-# %% ../nbs/12_cli.ipynb #0072
+# %% ../nbs/12_cli.ipynb #0075
 def evaluate_job(cfg):
     "What `laser_evaluate` does."
     from omegaconf import OmegaConf
@@ -500,7 +500,7 @@ def evaluate_job(cfg):
                           model_configurations=[json.loads((folder/"config.json").read_text(encoding="utf-8")) for folder in folders])
     print(f"\nWritten to {files[0]} and {files[1].name}")
 
-# %% ../nbs/12_cli.ipynb #0073
+# %% ../nbs/12_cli.ipynb #0076
 def evaluate() -> None:
     "Entry point of `laser_evaluate`."
     groups = job_classes()
@@ -508,7 +508,7 @@ def evaluate() -> None:
     words = rewrite_paths(rewrite_types(sys.argv[1:]), "checkpoints")
     sys.exit(run_command("laser_evaluate", evaluate_job_class(dict(data=data)), evaluate_job, dict(data=data), words))
 
-# %% ../nbs/12_cli.ipynb #0075
+# %% ../nbs/12_cli.ipynb #0078
 def reconstruct_job_class():
     "The dataclass of the whole configuration of `laser_reconstruct`."
     text = """laser_reconstruct sends pictures through a trained model: reconstructions, error maps, and a sheet of both.
@@ -531,7 +531,7 @@ def reconstruct_job_class():
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_reconstruct", "reconstruct", text, {}, ReconstructJob))
     return ReconstructJob
 
-# %% ../nbs/12_cli.ipynb #0077
+# %% ../nbs/12_cli.ipynb #0080
 def output_names(
     files: list[Path],  # pictures
 ) -> list[str]:  # one for each, all different
@@ -541,7 +541,7 @@ def output_names(
     if len(set(names)) < len(names): names = [f"{i:04d}_{f.stem}" for i, f in enumerate(files)]
     return names
 
-# %% ../nbs/12_cli.ipynb #0079
+# %% ../nbs/12_cli.ipynb #0082
 def crop_to_multiple(
     x: "torch.Tensor",  # [3, H, W]
     divisor: int,     # what H and W have to be divisible by
@@ -552,7 +552,7 @@ def crop_to_multiple(
     top, left = (x.shape[-2] - h)//2, (x.shape[-1] - w)//2
     return x[:, top:top + h, left:left + w]
 
-# %% ../nbs/12_cli.ipynb #0081
+# %% ../nbs/12_cli.ipynb #0084
 def sheet_figure(images, pictures, maps, names):
     "Original, reconstruction and error of each picture, one row a picture, one colour bar for all."
     from laser.plots import get_grid, show_image
@@ -564,7 +564,7 @@ def sheet_figure(images, pictures, maps, names):
     figure.colorbar(last, ax=list(axes.flat), fraction=0.02, label="squared error, mean over channels, [0, 1]")
     return figure
 
-# %% ../nbs/12_cli.ipynb #0084
+# %% ../nbs/12_cli.ipynb #0087
 SHEET_ROWS = 16
 
 def reconstruct_job(cfg):
@@ -605,7 +605,7 @@ def reconstruct_job(cfg):
     more = f" (the first {SHEET_ROWS} of {len(files)})" if len(files) > SHEET_ROWS else ""
     print(f"{len(files)} picture(s), {model.bits_per_pixel():.4g} bits/pixel. Side by side{more}: {out/'sheet.png'}")
 
-# %% ../nbs/12_cli.ipynb #0085
+# %% ../nbs/12_cli.ipynb #0088
 def trained_size(
     folder: Path,  # of a checkpoint or a saved model
 ) -> int:  # pixels
@@ -613,13 +613,13 @@ def trained_size(
     path = Path(folder)/"run.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
 
-# %% ../nbs/12_cli.ipynb #0087
+# %% ../nbs/12_cli.ipynb #0090
 def reconstruct() -> None:
     "Entry point of `laser_reconstruct`."
     words = rewrite_paths(sys.argv[1:], "checkpoint", "images")
     sys.exit(run_command("laser_reconstruct", reconstruct_job_class(), reconstruct_job, {}, words))
 
-# %% ../nbs/12_cli.ipynb #0089
+# %% ../nbs/12_cli.ipynb #0092
 def compare_job_class():
     "The dataclass of the whole configuration of `laser_compare`."
     text = """laser_compare codes the pixels of a few images with 16 entries, once as a codebook and once as a dictionary:
@@ -648,7 +648,7 @@ five figures and the tables of the pixel-level study, in about a minute.
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_compare", "compare", text, {}, CompareJob))
     return CompareJob
 
-# %% ../nbs/12_cli.ipynb #0090
+# %% ../nbs/12_cli.ipynb #0093
 def compare_job(cfg):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
@@ -656,12 +656,12 @@ def compare_job(cfg):
     run_comparison(source=source, num_images=cfg.num_images, num_embeddings=cfg.num_embeddings, sparsity_level=cfg.sparsity_level,
                    seed=cfg.seed, out=cfg.output_dir, size=cfg.size, root=cfg.data.root)
 
-# %% ../nbs/12_cli.ipynb #0091
+# %% ../nbs/12_cli.ipynb #0094
 def compare() -> None:
     "Entry point of `laser_compare`."
     sys.exit(run_command("laser_compare", compare_job_class(), compare_job, {}, sys.argv[1:]))
 
-# %% ../nbs/12_cli.ipynb #0092
+# %% ../nbs/12_cli.ipynb #0095
 def benchmark_job_class():
     "The dataclass of the whole configuration of `laser_benchmark`."
     text = """laser_benchmark times sparse coding against a codebook lookup, and against other packages, side by side.
@@ -683,13 +683,13 @@ def benchmark_job_class():
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))
     return BenchmarkJob
 
-# %% ../nbs/12_cli.ipynb #0093
+# %% ../nbs/12_cli.ipynb #0096
 def benchmark_job(cfg):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
     run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, out=cfg.output_dir, seed=cfg.seed)
 
-# %% ../nbs/12_cli.ipynb #0094
+# %% ../nbs/12_cli.ipynb #0097
 def benchmark() -> None:
     "Entry point of `laser_benchmark`."
     sys.exit(run_command("laser_benchmark", benchmark_job_class(), benchmark_job, {}, sys.argv[1:]))

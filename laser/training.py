@@ -494,7 +494,7 @@ class Loggers:
         if self.board: self.board.close()
         if self.wandb: self.wandb.finish()
 
-# %% ../nbs/08_training.ipynb #0070
+# %% ../nbs/08_training.ipynb #0071
 def make_datasets(
     config: DataConfig,     # group `data`
     *splits: str,           # of "train", "val" and "test"
@@ -504,7 +504,7 @@ def make_datasets(
     limits = dict(train=config.limit, val=config.limit_val)
     return [get_dataset(config.dataset, split, config.root, config.image_size, limits.get(split), seed) for split in splits]
 
-# %% ../nbs/08_training.ipynb #0073
+# %% ../nbs/08_training.ipynb #0074
 @torch.no_grad()
 def evaluate(
     model: Autoencoder,              # put into eval mode here and left as it was found
@@ -533,7 +533,7 @@ def evaluate(
         if coefficient_bits is not None: bottleneck.coefficient_bits = was_bits
         model.train(was_training)
 
-# %% ../nbs/08_training.ipynb #0076
+# %% ../nbs/08_training.ipynb #0077
 @torch.no_grad()
 def reconstruction_picture(
     model: Autoencoder,    # put into eval mode here and left as it was found
@@ -545,7 +545,7 @@ def reconstruction_picture(
     model.train(was_training)
     return torch.cat([torch.cat(list(images), dim=-1) for images in (x, y)], dim=-2).float().cpu()
 
-# %% ../nbs/08_training.ipynb #0079
+# %% ../nbs/08_training.ipynb #0080
 def make_perceptual(
     weight: float,     # model.perceptual_weight
     device,            # where to compute
@@ -558,11 +558,11 @@ def make_perceptual(
     except OSError as e: raise OSError(f"model.perceptual_weight={weight} cannot be used: {e}") from e
     return lambda x, y: weight*lpips(x, y).mean()
 
-# %% ../nbs/08_training.ipynb #0082
+# %% ../nbs/08_training.ipynb #0083
 class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; the message says at which step and what remains."
 
-# %% ../nbs/08_training.ipynb #0084
+# %% ../nbs/08_training.ipynb #0085
 @dataclass
 class Position:
     "Where a run stands, and what it has summed up since the epoch began."
@@ -579,14 +579,14 @@ class Position:
         "One epoch is done; the sums start again."
         self.epoch, self.batch, self.images, self.batches, self.loss, self.mse = self.epoch + 1, 0, 0, 0, 0.0, 0.0
 
-# %% ../nbs/08_training.ipynb #0087
+# %% ../nbs/08_training.ipynb #0088
 def psnr_of_loss(
     mse: float,  # mean squared error on [-1, 1]
 ) -> float:  # dB
     "PSNR (data range 1 on [0, 1]) of a mean squared error on [-1, 1]."
     return 10*math.log10(4/max(mse, 1e-12))
 
-# %% ../nbs/08_training.ipynb #0090
+# %% ../nbs/08_training.ipynb #0091
 def make_fabric(
     config: TrainConfig,  # accelerator, devices, num_nodes, strategy, precision
 ):  # a lightning.fabric.Fabric, not launched yet
@@ -597,23 +597,23 @@ def make_fabric(
     return Fabric(accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
 
-# %% ../nbs/08_training.ipynb #0093
+# %% ../nbs/08_training.ipynb #0094
 def diverged(step, epoch, checkpoints):
     "The error for a loss that is not finite."
     left = f"the last good checkpoint is {checkpoints.folder/checkpoints.last}" if checkpoints.last else "no checkpoint had been written yet"
     return NonFiniteLoss(f"the loss became NaN or infinite at step {step} (epoch {epoch + 1}); {left}. "
                          "Lower train.learning_rate or train.gradient_clip_val, or use train.precision=32-true")
 
-# %% ../nbs/08_training.ipynb #0094
+# %% ../nbs/08_training.ipynb #0095
 def epoch_line(name, row, max_epochs):
     "What is printed after an epoch."
     return (f"{name} epoch {row['epoch']}/{max_epochs}: loss {row['train_loss']:.4f}, validation PSNR {row['val_psnr']:.2f} dB, "
             f"SSIM {row['val_ssim']:.3f}, usage {row['val_usage']:.0%}, {row['images_per_second']:.0f} images/s")
 
-# %% ../nbs/08_training.ipynb #0095
+# %% ../nbs/08_training.ipynb #0096
 def lr_now(optimizer): return optimizer.param_groups[0]["lr"]
 
-# %% ../nbs/08_training.ipynb #0096
+# %% ../nbs/08_training.ipynb #0097
 def gather(fabric, thing):
     "A list of the thing of every process."
     if fabric.world_size == 1: return [thing]
@@ -621,7 +621,7 @@ def gather(fabric, thing):
     torch.distributed.all_gather_object(things, thing)
     return things
 
-# %% ../nbs/08_training.ipynb #0099
+# %% ../nbs/08_training.ipynb #0100
 def progress_bar(
     show: bool,         # False: a bar that draws nothing
     total_steps: int,   # steps in the whole run
@@ -633,13 +633,13 @@ def progress_bar(
     quiet = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else dict(mininterval=30)
     return tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not show, **quiet)
 
-# %% ../nbs/08_training.ipynb #0100
+# %% ../nbs/08_training.ipynb #0101
 def show(bar, name, now, max_epochs):
     "Epoch, loss, PSNR and speed at the ends of the bar."
     bar.set_description(f"{name} epoch {now['epoch']}/{max_epochs}", refresh=False)
     bar.set_postfix({"loss": f"{now['loss']:.4f}", "PSNR": f"{now['psnr']:.2f}", "images/s": f"{now['images_per_second']:.0f}"}, refresh=False)
 
-# %% ../nbs/08_training.ipynb #0103
+# %% ../nbs/08_training.ipynb #0104
 def load_training_state(
     folder: Path,        # one checkpoint
     model: Autoencoder,  # gets the weights
@@ -654,7 +654,7 @@ def load_training_state(
     model.load_state_dict(state["model"])
     return state
 
-# %% ../nbs/08_training.ipynb #0106
+# %% ../nbs/08_training.ipynb #0107
 def training_loaders(
     config: Config,     # data, train.limit_train_batches, seed
     train: Images,      # training set
@@ -673,7 +673,7 @@ def training_loaders(
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, wanted)
     return loaders
 
-# %% ../nbs/08_training.ipynb #0109
+# %% ../nbs/08_training.ipynb #0110
 @dataclass
 class FitResult:
     "What a run leaves behind."
@@ -685,7 +685,7 @@ class FitResult:
     best: Optional[Path]     # the best checkpoint
     last: Optional[Path]     # the newest checkpoint
 
-# %% ../nbs/08_training.ipynb #0110
+# %% ../nbs/08_training.ipynb #0111
 def fit(
     config: Config,                         # everything that decides the run
     resume: Optional[str | Path] = None,    # run folder or checkpoint to go on from; None: start anew
@@ -852,7 +852,7 @@ def fit(
     best, last = (checkpoints.folder/name if name else None for name in fabric.broadcast((checkpoints.best, checkpoints.last)))
     return FitResult(folder, not stopped, at.step, at.seconds, row, best, last)
 
-# %% ../nbs/08_training.ipynb #0133
+# %% ../nbs/08_training.ipynb #0134
 def profile_step(
     model: Autoencoder,    # on its device
     loader,                # batches [B, 3, H, W] in [0, 1], at least one
@@ -888,7 +888,7 @@ def profile_step(
     parts = dict(zip(("data", "encoder", "bottleneck", "decoder", "optimiser"), median.tolist()))
     return dict(parts, step=sum(parts.values()))
 
-# %% ../nbs/08_training.ipynb #0136
+# %% ../nbs/08_training.ipynb #0137
 def training_speed(
     configs: dict[str, VQVAEConfig | DLVAEConfig],  # name -> group `model`
     x: torch.Tensor,       # a batch [B, 3, H, W] in [0, 1], on the device to measure
@@ -910,7 +910,7 @@ def training_speed(
             times[name].append(time.perf_counter() - start)
     return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
 
-# %% ../nbs/08_training.ipynb #0139
+# %% ../nbs/08_training.ipynb #0140
 def evaluation_rows(
     name: str,               # of the model, for the first column
     model: Autoencoder,      # on its device
@@ -927,7 +927,7 @@ def evaluation_rows(
     else: variants = [("continuous coefficients", None)] + ([(f"{bits} bits", bits)] if bits else [])
     return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid)) for text, b in variants]
 
-# %% ../nbs/08_training.ipynb #0140
+# %% ../nbs/08_training.ipynb #0141
 COLUMNS = dict(model="model", coefficients="coefficients", mse="MSE", psnr="PSNR (mean)", psnr_of_mean_mse="PSNR of mean MSE",
                ssim="SSIM", lpips="LPIPS", rfid="rFID", usage="usage", perplexity="perplexity", bits_per_pixel="bits/pixel")
 
