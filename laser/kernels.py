@@ -455,8 +455,8 @@ def _lane_orthogonalise(M, S, n, basis, triangle, dot):
 # %% ../nbs/01_kernels.ipynb #0054
 @_jit
 def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doubtful, lo, hi):
-    "OMP (rule 0) or ORMP (1) of rows lo..hi, 64 at a time. atoms [K, M]: padded, float64."
-    L, S, (K, M), size = _LANES, indices.shape[1], atoms.shape, signals.shape[1]
+    "OMP (rule 0) or ORMP (1) of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
+    L, S, K, M, size = _LANES, indices.shape[1], atoms.shape[0] - 1, atoms.shape[1], signals.shape[1]
     numbers, whole = np.zeros(L * (M + S * M + S + S * S + 6 + (K if rule == 1 else 0))), np.zeros(L * (S + 1), np.int64)
     r, d = _row(numbers, 0), _row(atoms, 0)
     basis = _at(r, L * M)
@@ -478,30 +478,28 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
                 norm2 = _energy(M, _at(d, k * M))
                 for l in range(L): left[k * L + l] = norm2
         for n in range(S):
-            if tol > 0:
-                _lane_dot(M, dot, r, r)
-                for l in range(L): limit[l] = np.inf if dot[l] <= tol else limit[l]
-            _lane_select(rule, M, K, d, r, limit, left, eligible, c0, c1, best, pick)
-            q, alive = _at(basis, n * M * L), 0
-            for l in range(L):
-                k = pick[l]
-                support[n * L + l] = k
-                if k < 0: limit[l] = np.inf  # this signal is done
-                else: alive += 1
-                for m in range(M): q[m * L + l] = d[k * M + m] if k >= 0 else 0.0
+            _lane_dot(M, dot, r, r)
+            alive = 0
+            for l in range(L):  # |<d, r>| <= |r|: a signal this small is done, and so is one within tol
+                limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
+                alive += limit[l] < np.inf
             if alive == 0: break
-            steps = n + 1
+            _lane_select(rule, M, K, d, r, limit, left, eligible, c0, c1, best, pick)
+            q, steps = _at(basis, n * M * L), n + 1
+            for l in range(L):
+                support[n * L + l] = pick[l]
+                limit[l] = limit[l] if pick[l] >= 0 else np.inf
+            for l in range(L):
+                chosen = _at(d, (pick[l] if pick[l] >= 0 else K) * M)  # row K is zero
+                for m in range(M): q[m * L + l] = chosen[m]
             _lane_orthogonalise(M, S, n, basis, triangle, dot)
             _lane_dot(M, length, q, q)
             for l in range(rows):
-                if length[l] <= eligible and support[n * L + l] >= 0:
-                    doubtful[start + l] = True
-                    limit[l] = np.inf
-            for l in range(L):
-                length[l] = np.sqrt(length[l]) if length[l] > eligible else 1.0
-                triangle[(n * S + n) * L + l] = length[l]
+                if length[l] <= eligible and pick[l] >= 0: doubtful[start + l] = True
+            t = _at(triangle, (n * S + n) * L)  # holds 1 / length
+            for l in range(L): t[l] = 1 / np.sqrt(length[l] if length[l] > eligible else 1.0)
             for m in range(M):
-                for l in range(L): q[m * L + l] /= length[l]
+                for l in range(L): q[m * L + l] *= t[l]
             _lane_dot(M, dot, q, r)
             _lane_remove(M, r, dot, q)
             for l in range(L): along[n * L + l] = dot[l]
@@ -512,12 +510,10 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
         for i in range(steps - 1, -1, -1):
             for j in range(i + 1, steps):
                 for l in range(L): along[i * L + l] -= triangle[(i * S + j) * L + l] * along[j * L + l]
-            for l in range(L): along[i * L + l] /= triangle[(i * S + i) * L + l]
-        for l in range(rows):
-            for n in range(S):
-                used = n < steps and support[n * L + l] >= 0
-                indices[start + l, n] = support[n * L + l] if used else -1
-                values[start + l, n] = along[n * L + l] if used else 0
+            for l in range(L): along[i * L + l] *= triangle[(i * S + i) * L + l]
+        for i in range(steps * L, S * L): support[i], along[i] = -1, 0
+        for n in range(S):
+            for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
 
 # %% ../nbs/01_kernels.ipynb #0055
 @_parallel_jit
@@ -711,7 +707,7 @@ def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     "Pad to a multiple of four dimensions and an even number of atoms, and run 64 signals at a time."
     M, K = dictionary.shape
-    atoms = torch.zeros(K + K % 2, -(-M // 4) * 4, dtype=torch.float64)
+    atoms = torch.zeros(K + K % 2 + 1, -(-M // 4) * 4, dtype=torch.float64)
     atoms[:K, :M] = dictionary.T
     arrays = [t.numpy() for t in (indices, values, doubtful)]
     _run(_lane_parallel, _lane_rows, len(signals), rule, signals.numpy(), atoms.numpy(), tol, correlation_floor(signals.dtype), eligible_norm(signals.dtype),
