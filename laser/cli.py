@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['FLAGS_WITH_VALUE', 'QUICK_START', 'NAMES', 'SHEET_ROWS', 'rewrite_types', 'quoted', 'flags_first', 'rewrite_paths',
-           'add_quick_start', 'job_classes', 'split_model', 'valid_names', 'run_command', 'fail', 'key_lines',
-           'hydra_settings', 'train_job_class', 'as_config', 'resumed_config', 'plan_runs', 'versions', 'write_results',
-           'comparison_figure', 'train_job', 'check_model_fits', 'train', 'evaluate_job_class', 'find_models',
-           'data_of', 'pick_device', 'evaluate_job', 'evaluate', 'reconstruct_job_class', 'output_names',
-           'crop_to_multiple', 'sheet_figure', 'reconstruct_job', 'trained_size', 'reconstruct', 'compare_job_class',
-           'compare_job', 'compare', 'benchmark_job_class', 'benchmark_job', 'benchmark']
+           'add_quick_start', 'job_classes', 'split_model', 'valid_names', 'cannot_write', 'run_command', 'fail',
+           'key_lines', 'hydra_settings', 'train_job_class', 'as_config', 'resumed_config', 'plan_runs', 'versions',
+           'write_results', 'rate', 'comparison_figure', 'train_job', 'check_model_fits', 'train', 'evaluate_job_class',
+           'find_models', 'data_of', 'pick_device', 'evaluate_job', 'evaluate', 'reconstruct_job_class', 'output_names',
+           'crop_to_multiple', 'brightest', 'sheet_figure', 'reconstruct_job', 'trained_size', 'reconstruct',
+           'compare_job_class', 'compare_job', 'compare', 'benchmark_job_class', 'benchmark_job', 'benchmark']
 
 # %% ../nbs/12_cli.ipynb #0003
-import json, os, sys
+import json, os, sys, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -128,7 +128,22 @@ def valid_names(
         elif tail: lines.append(f"{key}: {head} has no keys of its own")
     return lines
 
-# %% ../nbs/12_cli.ipynb #0029
+# %% ../nbs/12_cli.ipynb #0030
+def cannot_write(
+    words: list[str],  # the command line
+) -> str:  # why the output folder cannot be made; empty if it can, or if nothing will be written
+    "Whether Hydra will be able to make its output folder."
+    if any(w in ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version") for w in words): return ""
+    many = "-m" in words or "--multirun" in words
+    key = "hydra.sweep.dir" if many else "hydra.run.dir"
+    given = [w.split("=", 1)[1].strip("\"'") for w in words if w.startswith(key + "=")]
+    place = Path((given or ["multirun" if many else "outputs"])[-1]).absolute()
+    if "${" in str(place): return ""
+    parent = next(p for p in (place, *place.parents) if p.exists())
+    if parent.is_dir() and os.access(parent, os.W_OK): return ""
+    return f"cannot write to {place}: {parent} is {'not writable' if parent.is_dir() else 'no folder'}; set {key}=FOLDER to a place that can be written"
+
+# %% ../nbs/12_cli.ipynb #0032
 def run_command(
     name: str,        # of the command
     job,              # dataclass of the whole configuration, with Hydra's `defaults`
@@ -147,6 +162,7 @@ def run_command(
 
     def guarded(cfg):
         state["started"] = True
+        warnings.formatwarning = lambda text, *place, **rest: f"{name}: {text}\n"  # the text is for the person, the place is not
         try: state["code"] = task(cfg) or state["code"]
         except KeyboardInterrupt: state["code"] = fail(name, "interrupted", 130)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
@@ -155,6 +171,8 @@ def run_command(
         if state["code"]: sys.exit(state["code"])
 
     words = flags_first(words)
+    error = cannot_write(words)
+    if error: return fail(name, error)
     sys.argv = [sys.argv[0], *words]
     try: hydra.main(version_base="1.3", config_path=None, config_name=name)(guarded)()
     except SystemExit as e:
@@ -163,7 +181,7 @@ def run_command(
         return e.code if isinstance(e.code, int) else int(bool(e.code))
     return state["code"]
 
-# %% ../nbs/12_cli.ipynb #0030
+# %% ../nbs/12_cli.ipynb #0033
 def fail(name, error, code=1):
     "Say what went wrong, in one message; the exit code. Of an error in a loader process its last line counts."
     text = str(error)
@@ -171,7 +189,7 @@ def fail(name, error, code=1):
     print(f"{name}: {text}", file=sys.stderr)
     return code
 
-# %% ../nbs/12_cli.ipynb #0033
+# %% ../nbs/12_cli.ipynb #0036
 def key_lines(
     cls,               # a dataclass of a group or of a whole configuration
     prefix: str = "",  # before each key: the group and a dot
@@ -194,7 +212,7 @@ def key_lines(
         lines.append(f"  {f'{prefix}{f.name}={shown}':<36} {next((m.group(1) for m in found if m), '')}".rstrip())
     return lines
 
-# %% ../nbs/12_cli.ipynb #0036
+# %% ../nbs/12_cli.ipynb #0039
 def hydra_settings(
     name: str,       # of the command
     folder: str,     # under outputs/ and multirun/
@@ -217,7 +235,7 @@ def hydra_settings(
     return dict(run=dict(dir=f"outputs/{folder}/{stamp}"), sweep=dict(dir=f"multirun/{folder}/{stamp}"), job=dict(name=name, chdir=False),
                 help=dict(app_name=name, template="\n\n".join(parts)), job_logging=dict(disable_existing_loggers=False))
 
-# %% ../nbs/12_cli.ipynb #0039
+# %% ../nbs/12_cli.ipynb #0042
 def train_job_class(groups):
     "The dataclass of the whole configuration of `laser_train`."
     from omegaconf import MISSING
@@ -247,7 +265,7 @@ data=sample (the default) uses small sizes: """ + " ".join(QUICK_START)
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_train", "train", text, groups, TrainJob))
     return TrainJob
 
-# %% ../nbs/12_cli.ipynb #0046
+# %% ../nbs/12_cli.ipynb #0049
 def as_config(
     cfg,  # of Hydra
 ):  # -> laser.training.Config, whose model may be of type "both"
@@ -257,7 +275,7 @@ def as_config(
     parts = {name: OmegaConf.to_object(cfg[name]) for name in ("model", "data", "train", "wandb", "checkpoint")}
     return Config(**parts, seed=cfg.seed, output_dir=str(cfg.output_dir))
 
-# %% ../nbs/12_cli.ipynb #0048
+# %% ../nbs/12_cli.ipynb #0051
 def resumed_config(
     stored,           # Config of the run that goes on
     given,            # Config of this command line
@@ -273,7 +291,7 @@ def resumed_config(
         elif hasattr(stored, group) and not (group == "model" and given.model.type == "both"): setattr(stored, group, getattr(given, group))
     return stored
 
-# %% ../nbs/12_cli.ipynb #0050
+# %% ../nbs/12_cli.ipynb #0053
 def plan_runs(
     given,             # Config; its model may be "both"
     words: list[str],  # overrides of the command line
@@ -300,7 +318,7 @@ def plan_runs(
         runs.append((resumed_config(config, given, words), find_checkpoint(config.output_dir) if started else None))
     return place, runs
 
-# %% ../nbs/12_cli.ipynb #0053
+# %% ../nbs/12_cli.ipynb #0056
 def versions() -> dict:
     "What the numbers were made with."
     import platform
@@ -312,7 +330,7 @@ def versions() -> dict:
     import laser
     return dict(laser=laser.__version__, python=platform.python_version(), platform=platform.platform(), **{n: of(n) for n in names})
 
-# %% ../nbs/12_cli.ipynb #0055
+# %% ../nbs/12_cli.ipynb #0058
 def write_results(
     folder: Path,       # made if it is not there
     rows: list[dict],   # of `evaluation_rows`
@@ -331,7 +349,15 @@ def write_results(
     write_atomically(folder/"results.csv", text.getvalue())
     return [folder/"results.json", folder/"results.csv"]
 
-# %% ../nbs/12_cli.ipynb #0058
+# %% ../nbs/12_cli.ipynb #0061
+def rate(
+    model,  # a VQVAE or a DLVAE
+) -> str:  # bits per pixel, in words
+    "Nominal bits per pixel, and whether the coefficients are continuous."
+    continuous = getattr(model.bottleneck, "coefficient_bits", 0) is None
+    return f"{model.bits_per_pixel():.3g} bits/pixel" + " (continuous coefficients)"*continuous
+
+# %% ../nbs/12_cli.ipynb #0064
 def comparison_figure(
     x: "torch.Tensor",         # images [n, 3, H, W] in [0, 1]
     models: dict,              # name -> model, one or two
@@ -342,15 +368,14 @@ def comparison_figure(
     with torch.no_grad(): pictures = {name: model.eval()(x).reconstruction.float() for name, model in models.items()}
     names = list(pictures)
     if len(names) == 2:
-        continuous = lambda model: hasattr(model.bottleneck, "coefficient_bits") and model.bottleneck.coefficient_bits is None
-        bits = tuple(f"{models[n].bits_per_pixel():.3g} bits/pixel{' (continuous coefficients)'*continuous(models[n])}" for n in names)
+        bits = tuple(rate(models[n]) for n in names)
         return plot_reconstructions(x, *pictures.values(), names=tuple(names), bits=bits)
     errors = (x - pictures[names[0]]).square().mean((1, 2, 3))
     images = [image for pair in zip(x, pictures[names[0]]) for image in pair]
     titles = [text for e in errors for text in ("original", f"{names[0]}, MSE {e:.2g}")]
     return show_images(images, titles, ncols=2)
 
-# %% ../nbs/12_cli.ipynb #0061
+# %% ../nbs/12_cli.ipynb #0067
 NAMES = dict(vqvae="VQ-VAE", dlvae="DL-VAE")
 
 def train_job(cfg):
@@ -393,7 +418,7 @@ def train_job(cfg):
     print(f"\nTrained in {seconds/60:.1f} minutes. Reconstructions: {folder/'reconstructions.png'}\nTable: {folder/'results.csv'}\n"
           f"Checkpoints: {', '.join(str(r.best or r.last) for r in results)}")
 
-# %% ../nbs/12_cli.ipynb #0063
+# %% ../nbs/12_cli.ipynb #0069
 def check_model_fits(
     config,  # laser.training.Config of one run
 ) -> None:
@@ -404,14 +429,14 @@ def check_model_fits(
         raise ValueError(f"data.image_size={size} is not divisible by {divisor} (model.downsampling_factor times model.patch_size); "
                          f"use {max(1, size//divisor)*divisor} or {-(-size//divisor)*divisor}")
 
-# %% ../nbs/12_cli.ipynb #0065
+# %% ../nbs/12_cli.ipynb #0071
 def train() -> None:
     "Entry point of `laser_train`."
     groups = job_classes()
     words = add_quick_start(rewrite_types(sys.argv[1:]))
     sys.exit(run_command("laser_train", train_job_class(groups), train_job, groups, words))
 
-# %% ../nbs/12_cli.ipynb #0067
+# %% ../nbs/12_cli.ipynb #0073
 def evaluate_job_class(groups):
     "The dataclass of the whole configuration of `laser_evaluate`."
     from omegaconf import MISSING
@@ -439,7 +464,7 @@ def evaluate_job_class(groups):
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_evaluate", "evaluate", text, groups, EvaluateJob))
     return EvaluateJob
 
-# %% ../nbs/12_cli.ipynb #0068
+# %% ../nbs/12_cli.ipynb #0074
 def find_models(
     places: list[str],  # runs, checkpoints, saved models, or folders that hold a run of each model
 ) -> list[Path]:  # folders that `load_pretrained` reads
@@ -451,7 +476,7 @@ def find_models(
         found += [find_checkpoint(part, "best") for part in parts or [place]]
     return found
 
-# %% ../nbs/12_cli.ipynb #0070
+# %% ../nbs/12_cli.ipynb #0076
 def data_of(
     checkpoint: Path,  # folder of a model
     given,             # DataConfig of the command line; dataset "checkpoint" means the checkpoint's own
@@ -464,7 +489,7 @@ def data_of(
     changed = {f.name: getattr(given, f.name) for f in fields(DataConfig) if f.name != "dataset" and getattr(given, f.name) != f.default}
     return replace(stored, **changed)
 
-# %% ../nbs/12_cli.ipynb #0073
+# %% ../nbs/12_cli.ipynb #0079
 def pick_device(accelerator):
     "The torch device that a name means; auto takes a GPU where there is one."
     import torch
@@ -472,7 +497,7 @@ def pick_device(accelerator):
     if accelerator != "auto" and not there.get(accelerator): raise ValueError(f"accelerator={accelerator} is not here; choose auto or {', '.join(n for n, ok in there.items() if ok)}")
     return torch.device(accelerator if accelerator != "auto" else next(n for n, ok in there.items() if ok))
 
-# %% ../nbs/12_cli.ipynb #0075
+# %% ../nbs/12_cli.ipynb #0081
 def evaluate_job(cfg):
     "What `laser_evaluate` does."
     from omegaconf import OmegaConf
@@ -500,7 +525,7 @@ def evaluate_job(cfg):
                           model_configurations=[json.loads((folder/"config.json").read_text(encoding="utf-8")) for folder in folders])
     print(f"\nWritten to {files[0]} and {files[1].name}")
 
-# %% ../nbs/12_cli.ipynb #0076
+# %% ../nbs/12_cli.ipynb #0082
 def evaluate() -> None:
     "Entry point of `laser_evaluate`."
     groups = job_classes()
@@ -508,7 +533,7 @@ def evaluate() -> None:
     words = rewrite_paths(rewrite_types(sys.argv[1:]), "checkpoints")
     sys.exit(run_command("laser_evaluate", evaluate_job_class(dict(data=data)), evaluate_job, dict(data=data), words))
 
-# %% ../nbs/12_cli.ipynb #0078
+# %% ../nbs/12_cli.ipynb #0084
 def reconstruct_job_class():
     "The dataclass of the whole configuration of `laser_reconstruct`."
     text = """laser_reconstruct sends pictures through a trained model: reconstructions, error maps, and a sheet of both.
@@ -531,7 +556,7 @@ def reconstruct_job_class():
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_reconstruct", "reconstruct", text, {}, ReconstructJob))
     return ReconstructJob
 
-# %% ../nbs/12_cli.ipynb #0080
+# %% ../nbs/12_cli.ipynb #0086
 def output_names(
     files: list[Path],  # pictures
 ) -> list[str]:  # one for each, all different
@@ -541,7 +566,7 @@ def output_names(
     if len(set(names)) < len(names): names = [f"{i:04d}_{f.stem}" for i, f in enumerate(files)]
     return names
 
-# %% ../nbs/12_cli.ipynb #0082
+# %% ../nbs/12_cli.ipynb #0088
 def crop_to_multiple(
     x: "torch.Tensor",  # [3, H, W]
     divisor: int,     # what H and W have to be divisible by
@@ -552,19 +577,25 @@ def crop_to_multiple(
     top, left = (x.shape[-2] - h)//2, (x.shape[-1] - w)//2
     return x[:, top:top + h, left:left + w]
 
-# %% ../nbs/12_cli.ipynb #0084
+# %% ../nbs/12_cli.ipynb #0091
+def brightest(m):
+    "The error [H, W] that 0.5 % of the pixels exceed."
+    import numpy as np
+    return max(float(np.quantile(m.numpy(), 0.995)), 1e-12)
+
+# %% ../nbs/12_cli.ipynb #0093
 def sheet_figure(images, pictures, maps, names):
     "Original, reconstruction and error of each picture, one row a picture, one colour bar for all."
     from laser.plots import get_grid, show_image
-    top = max(float(m.max()) for m in maps) or 1e-12
+    top = max(map(brightest, maps))
     figure, axes = get_grid(3*len(names), nrows=len(names), ncols=3, size=2.2)
     for row, (x, y, m, name) in zip(axes, zip(images, pictures, maps, names)):
         show_image(x, row[0], name), show_image(y, row[1], "reconstruction")
         last = show_image(m, row[2], f"error, MSE {m.mean():.2g}", cmap="magma", vmin=0, vmax=top).images[0]
-    figure.colorbar(last, ax=list(axes.flat), fraction=0.02, label="squared error, mean over channels, [0, 1]")
+    figure.colorbar(last, ax=list(axes.flat), fraction=0.02, extend="max", label="squared error, mean over channels, [0, 1]")
     return figure
 
-# %% ../nbs/12_cli.ipynb #0087
+# %% ../nbs/12_cli.ipynb #0096
 SHEET_ROWS = 16
 
 def reconstruct_job(cfg):
@@ -578,7 +609,9 @@ def reconstruct_job(cfg):
     from laser.plots import error_map
     from laser.training import find_checkpoint
     if not cfg.checkpoint or not cfg.images: raise ValueError("name a checkpoint and at least one picture: laser_reconstruct outputs/train/DATE_TIME/dlvae photo.jpg")
-    folder, device = find_checkpoint(cfg.checkpoint, "best"), pick_device(cfg.accelerator)
+    folder, *others = find_models([cfg.checkpoint])
+    if others: raise ValueError(f"{cfg.checkpoint} holds several models; choose one: {', '.join(str(Path(cfg.checkpoint)/kind) for kind in NAMES)}")
+    device = pick_device(cfg.accelerator)
     model = load_pretrained(folder).to(device)
     if cfg.coefficient_bits is not None:
         if not hasattr(model.bottleneck, "coefficient_bits"): raise ValueError("coefficient_bits is for a DL-VAE; this checkpoint is a VQ-VAE, which has no coefficients")
@@ -595,7 +628,7 @@ def reconstruct_job(cfg):
             with torch.no_grad(): y = model(x[None].to(device)).reconstruction[0].float().cpu()
             m = error_map(x, y)
             save_image(y, staging/f"{name}_reconstruction.png")
-            plt.imsave(staging/f"{name}_error.png", m.numpy(), cmap="magma", vmin=0, vmax=max(float(m.max()), 1e-12))
+            plt.imsave(staging/f"{name}_error.png", m.numpy(), cmap="magma", vmin=0, vmax=brightest(m))
             mse = float((x - y).square().mean())
             print(f"{name}: {x.shape[-2]}x{x.shape[-1]}, MSE {mse:.5f}, PSNR {-10*torch.tensor(max(mse, 1e-12)).log10():.2f} dB")
             if len(shown) < SHEET_ROWS: shown.append((x, y, m, name))
@@ -603,9 +636,9 @@ def reconstruct_job(cfg):
         for file in staging.iterdir(): os.replace(file, out/file.name)
     finally: shutil.rmtree(staging, ignore_errors=True)
     more = f" (the first {SHEET_ROWS} of {len(files)})" if len(files) > SHEET_ROWS else ""
-    print(f"{len(files)} picture(s), {model.bits_per_pixel():.4g} bits/pixel. Side by side{more}: {out/'sheet.png'}")
+    print(f"{len(files)} picture(s), {rate(model)}. Side by side{more}: {out/'sheet.png'}")
 
-# %% ../nbs/12_cli.ipynb #0088
+# %% ../nbs/12_cli.ipynb #0097
 def trained_size(
     folder: Path,  # of a checkpoint or a saved model
 ) -> int:  # pixels
@@ -613,13 +646,13 @@ def trained_size(
     path = Path(folder)/"run.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
 
-# %% ../nbs/12_cli.ipynb #0090
+# %% ../nbs/12_cli.ipynb #0099
 def reconstruct() -> None:
     "Entry point of `laser_reconstruct`."
     words = rewrite_paths(sys.argv[1:], "checkpoint", "images")
     sys.exit(run_command("laser_reconstruct", reconstruct_job_class(), reconstruct_job, {}, words))
 
-# %% ../nbs/12_cli.ipynb #0092
+# %% ../nbs/12_cli.ipynb #0101
 def compare_job_class():
     "The dataclass of the whole configuration of `laser_compare`."
     text = """laser_compare codes the pixels of a few images with 16 entries, once as a codebook and once as a dictionary:
@@ -648,7 +681,7 @@ five figures and the tables of the pixel-level study, in about a minute.
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_compare", "compare", text, {}, CompareJob))
     return CompareJob
 
-# %% ../nbs/12_cli.ipynb #0093
+# %% ../nbs/12_cli.ipynb #0102
 def compare_job(cfg):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
@@ -656,12 +689,12 @@ def compare_job(cfg):
     run_comparison(source=source, num_images=cfg.num_images, num_embeddings=cfg.num_embeddings, sparsity_level=cfg.sparsity_level,
                    seed=cfg.seed, out=cfg.output_dir, size=cfg.size, root=cfg.data.root)
 
-# %% ../nbs/12_cli.ipynb #0094
+# %% ../nbs/12_cli.ipynb #0103
 def compare() -> None:
     "Entry point of `laser_compare`."
     sys.exit(run_command("laser_compare", compare_job_class(), compare_job, {}, sys.argv[1:]))
 
-# %% ../nbs/12_cli.ipynb #0095
+# %% ../nbs/12_cli.ipynb #0104
 def benchmark_job_class():
     "The dataclass of the whole configuration of `laser_benchmark`."
     text = """laser_benchmark times sparse coding against a codebook lookup, and against other packages, side by side.
@@ -683,13 +716,13 @@ def benchmark_job_class():
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))
     return BenchmarkJob
 
-# %% ../nbs/12_cli.ipynb #0096
+# %% ../nbs/12_cli.ipynb #0105
 def benchmark_job(cfg):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
     run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, out=cfg.output_dir, seed=cfg.seed)
 
-# %% ../nbs/12_cli.ipynb #0097
+# %% ../nbs/12_cli.ipynb #0106
 def benchmark() -> None:
     "Entry point of `laser_benchmark`."
     sys.exit(run_command("laser_benchmark", benchmark_job_class(), benchmark_job, {}, sys.argv[1:]))

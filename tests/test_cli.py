@@ -90,6 +90,7 @@ def test_reconstruct_writes_pictures_maps_and_a_sheet(job, tmp_path):
     ("laser_train", ["model=dlvae", "data.image_size=42"], ["data.image_size=42 is not divisible by 4", "use 40 or 44"]),
     ("laser_train", ["model=vqvae", "checkpoint.monitor=loss"], ["checkpoint.monitor must be one of val_loss"]),
     ("laser_train", ["train.resume=nowhere"], ["nowhere does not exist"]),
+    ("laser_train", ["hydra.run.dir=/dev/null/x"], ["cannot write to /dev/null/x", "set hydra.run.dir=FOLDER"]),
     ("laser_evaluate", ["nowhere"], ["nowhere does not exist"]),
     ("laser_reconstruct", [], ["name a checkpoint and at least one picture"]),
 ])
