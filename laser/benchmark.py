@@ -164,7 +164,9 @@ def measure_case(
     x = real_signals(images, case.M, signals or case.signals, seed)
     codebook, dictionary = entries_from(x, case.K, seed)
     chunk = best_chunk(x, codebook)
-    def few(name): return x[:SLOW.get(name, len(x)) * 64 // max(64, case.S * case.K // 512)]   # fewer still for large cases
+    def few(name):                                                             # fewer still for large cases
+        work = case.S * case.K * (case.K / 512 if name == "scikit-learn" else 1) / 2560    # it copies the Gram matrix for each signal
+        return x[:max(4, int(SLOW.get(name, len(x)) / max(1.0, work)))] if name in SLOW else x
     calls = {"VQ torch": lambda: vq_torch(x, codebook, chunk), "VQ": lambda: nearest_entry(x, codebook),
              "OMP": lambda: omp_numba(x, dictionary, case.S), "ORMP": lambda: omp_numba(x, dictionary, case.S, method="ormp"),
              "OMP torch": lambda: omp_torch(few("OMP torch"), dictionary, case.S)}
