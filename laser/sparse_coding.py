@@ -162,7 +162,7 @@ def omp_torch(
     "Sparse codes by the Gram recursion in plain torch, on any device, chunk by chunk. No checks: see `batch_omp`."
     (B, M), K, size = signals.shape, dictionary.shape[1], signals.element_size()
     gram = dictionary.T @ dictionary if K * K * size <= WORK_BYTES else None
-    chunk = max(1, WORK_BYTES // (size * ((sparsity + 10) * K + (sparsity + 4) * M)))
+    chunk = max(1, WORK_BYTES // (size * ((2 * sparsity + 20) * K + (4 * sparsity + 8) * M)))
     indices = torch.full((B, sparsity), -1, device=signals.device)
     values = signals.new_zeros(B, sparsity)
     parts = [slice(start, start + chunk) for start in range(0, B, chunk)]
