@@ -9,6 +9,7 @@ __all__ = ['omp_numba', 'count_differences', 'nearest_entry', 'omp_triton']
 import functools
 import os
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -18,7 +19,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .pursuit import check_problem, correlation_floor, eligible_norm, power_of_two_scale, pursuit
+from .pursuit import check_problem, compare_supports, correlation_floor, eligible_norm, power_of_two_scale, pursuit
 
 # %% ../nbs/01_kernels.ipynb #0006
 _options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals())
@@ -50,6 +51,16 @@ def _at(typingctx, pointer, offset):
     return pointer(pointer, types.intp), build
 
 # %% ../nbs/01_kernels.ipynb #0014
+@intrinsic
+def _restrict(typingctx):
+    "The pointer arguments of the function around this do not overlap where written."
+    def build(context, builder, signature, args):
+        for argument in builder.function.args:
+            if isinstance(argument.type, ir.PointerType): argument.add_attribute("noalias")
+        return context.get_dummy_value()
+    return types.void(), build
+
+# %% ../nbs/01_kernels.ipynb #0016
 @_jit
 def _peak(K, c):
     "Largest magnitude among c[:K]."
@@ -58,7 +69,7 @@ def _peak(K, c):
         top = max(top, _magnitude(c[i]))
     return top
 
-# %% ../nbs/01_kernels.ipynb #0015
+# %% ../nbs/01_kernels.ipynb #0017
 @_jit
 def _find(K, c, top):
     "First i with magnitude `top`. Two vector passes, peak and find, beat one that carries the index along."
@@ -67,42 +78,22 @@ def _find(K, c, top):
         first = min(first, np.int32(i) if _magnitude(c[i]) == top else np.int32(0x7FFFFFFF))
     return np.int64(first)
 
-# %% ../nbs/01_kernels.ipynb #0016
-@_jit
-def _subtract1(K, c, g0, a0):
-    top = _magnitude(a0 - a0)
-    for i in range(K):
-        v = c[i] - a0 * g0[i]
-        c[i] = v
-        top = max(top, _magnitude(v))
-    return top
-
-# %% ../nbs/01_kernels.ipynb #0017
-@_jit
-def _subtract2(K, c, g0, g1, a0, a1):
-    top = _magnitude(a0 - a0)
-    for i in range(K):
-        v = c[i] - a0 * g0[i] - a1 * g1[i]
-        c[i] = v
-        top = max(top, _magnitude(v))
-    return top
-
 # %% ../nbs/01_kernels.ipynb #0018
 @_jit
-def _subtract3(K, c, g0, g1, g2, a0, a1, a2):
-    top = _magnitude(a0 - a0)
-    for i in range(K):
-        v = c[i] - a0 * g0[i] - (a1 * g1[i] + a2 * g2[i])
-        c[i] = v
-        top = max(top, _magnitude(v))
-    return top
+def _mix(rows, weights, i):
+    "Sum over j of weights[j] * rows[j][i]."
+    total = weights[0] * rows[0][i]
+    for j in range(1, len(rows)): total += weights[j] * rows[j][i]
+    return total
 
 # %% ../nbs/01_kernels.ipynb #0019
 @_jit
-def _subtract4(K, c, g0, g1, g2, g3, a0, a1, a2, a3):
-    top = _magnitude(a0 - a0)
+def _subtract_rows(K, c, rows, weights):
+    "c -= sum of weights[j] * rows[j] in one pass; returns the new peak."
+    _restrict()
+    top = _magnitude(weights[0] - weights[0])
     for i in range(K):
-        v = (c[i] - a0 * g0[i] - a1 * g1[i]) - (a2 * g2[i] + a3 * g3[i])
+        v = c[i] - _mix(rows, weights, i)
         c[i] = v
         top = max(top, _magnitude(v))
     return top
@@ -113,12 +104,12 @@ def _subtract(K, c, g, k, a, n):
     "c -= sum over j < n of a[j] * row k[j] of g, four rows a pass; returns the new peak of c."
     j = 0
     while n - j > 4:
-        _subtract4(K, c, _at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K), a[j], a[j + 1], a[j + 2], a[j + 3])
+        _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K)), (a[j], a[j + 1], a[j + 2], a[j + 3]))
         j += 4
-    if n - j == 1: return _subtract1(K, c, _at(g, k[j] * K), a[j])
-    if n - j == 2: return _subtract2(K, c, _at(g, k[j] * K), _at(g, k[j + 1] * K), a[j], a[j + 1])
-    if n - j == 3: return _subtract3(K, c, _at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), a[j], a[j + 1], a[j + 2])
-    return _subtract4(K, c, _at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K), a[j], a[j + 1], a[j + 2], a[j + 3])
+    if n - j == 1: return _subtract_rows(K, c, (_at(g, k[j] * K),), (a[j],))
+    if n - j == 2: return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K)), (a[j], a[j + 1]))
+    if n - j == 3: return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K)), (a[j], a[j + 1], a[j + 2]))
+    return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K)), (a[j], a[j + 1], a[j + 2], a[j + 3]))
 
 # %% ../nbs/01_kernels.ipynb #0025
 @_jit
@@ -171,8 +162,26 @@ def _advance(K, gram, diagonal, support, n, k, correlation, S, inverse, overlap,
     return left, along, moved
 
 # %% ../nbs/01_kernels.ipynb #0030
+class _Limits(NamedTuple):
+    "When to stop, and when to ask for more digits. Norms and scores are relative to |x|."
+    floor: float     # a score up to this is the signal's own rounding
+    noise: float     # a correlation up to this is the arithmetic's rounding
+    eligible: float  # what is left of a usable atom, squared
+    risky: float     # flag an atom of which less is left
+    blur: float      # flag a residual as close to tol as this, squared
+    lowest: float    # flag a signal of less energy
+    highest: float   # or of more
+
+# %% ../nbs/01_kernels.ipynb #0031
+def _limits(signals, arithmetic):
+    "The limits for signals of one precision, computed in another."
+    noise, single = correlation_floor(arithmetic), arithmetic == torch.float32
+    eligible, scale = eligible_norm(signals), (1e-24, 1e36) if single else (1e-200, 1e200)
+    return _Limits(correlation_floor(signals), noise, eligible, 0.01 if single else 1e-6, 8 * noise, *scale)
+
+# %% ../nbs/01_kernels.ipynb #0032
 @_jit
-def _omp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, lo, hi):
+def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "OMP of rows lo..hi. The correlations are used up."
     (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
     numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(S + K, correlations.dtype)
@@ -182,8 +191,8 @@ def _omp_rows(signals, correlations, gram, tol, floor, eligible, indices, values
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
         norm = np.sqrt(energy)
-        limit, remaining, travelled, n = _magnitude(real(floor * norm)), energy, 0.0, 0
-        doubt = energy != 0 and not 1e-50 < energy < 1e60
+        limit, remaining, travelled, n = _magnitude(real(limits.floor * norm)), energy, 0.0, 0
+        doubt = energy != 0 and not limits.lowest < energy < limits.highest
         top = _peak(K, c)
         while n < S and top > limit and (remaining > tol or tol == 0) and not doubt:
             k = _find(K, c, top)
@@ -195,73 +204,79 @@ def _omp_rows(signals, correlations, gram, tol, floor, eligible, indices, values
             n += 1
             travelled += moved
             remaining -= along * along
-            doubt = left < 0.1 * diagonal[k] or travelled > 16 * norm or (tol > 0 and abs(remaining - tol) < 1e-5 * energy)
+            doubt = left < limits.risky * diagonal[k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
             if n < S and not doubt: top = _subtract(K, c, g, support, step, n)
         doubtful[b] = doubt
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
             values[b, j] = coefficient[j] if j < n else 0
 
-# %% ../nbs/01_kernels.ipynb #0032
-@_jit
-def _first_scores(K, c, left, score, diagonal, inverse_diagonal):
-    "left = |d|^2 and score = c^2 / |d|^2, without a division."
-    top = _magnitude(c[0] - c[0])
-    for i in range(K):
-        left[i] = diagonal[i]
-        s = c[i] * c[i] * inverse_diagonal[i]
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
-# %% ../nbs/01_kernels.ipynb #0033
-@_jit
-def _next_scores(K, c, left, score, w, scale, along, gone):
-    "Move along direction scale * w; an atom of which no more than `gone` is left scores zero."
-    zero = scale - scale
-    top = _magnitude(zero)
-    for i in range(K):
-        d = scale * w[i]
-        r = c[i] - along * d
-        u = left[i] - d * d
-        c[i] = r
-        left[i] = u
-        s = r * r / u
-        s = s if u > gone else zero
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
 # %% ../nbs/01_kernels.ipynb #0034
 @_jit
-def _combine2(K, w, g0, g1, a0, a1):
-    for i in range(K): w[i] = a0 * g0[i] + a1 * g1[i]
+def _first_scores(K, c, score, reciprocal):
+    "score = c^2 / |d|^2; returns its peak."
+    _restrict()
+    top = _magnitude(c[0] - c[0])
+    for i in range(K):
+        s = c[i] * c[i] * reciprocal[i]
+        score[i] = s
+        top = max(top, _magnitude(s))
+    return top
 
 # %% ../nbs/01_kernels.ipynb #0035
 @_jit
-def _combine3(K, w, g0, g1, g2, a0, a1, a2):
-    for i in range(K): w[i] = a0 * g0[i] + a1 * g1[i] + a2 * g2[i]
+def _second_scores(K, c, diagonal, left, score, row, weight, along, gone):
+    "As `_next_scores`, for the first direction: what is left of an atom was all of it."
+    _restrict()
+    top = _magnitude(gone - gone)
+    for i in range(K):
+        w = weight * row[i]
+        r = c[i] - along * w
+        u = diagonal[i] - w * w
+        c[i] = r
+        left[i] = u
+        s = r * r / u
+        s = s if u > gone else gone - gone
+        score[i] = s
+        top = max(top, _magnitude(s))
+    return top
 
 # %% ../nbs/01_kernels.ipynb #0036
 @_jit
-def _combine4(K, w, g0, g1, g2, g3, a0, a1, a2, a3):
-    for i in range(K): w[i] = (a0 * g0[i] + a1 * g1[i]) + (a2 * g2[i] + a3 * g3[i])
+def _next_scores(K, c, left, score, rows, weights, along, gone):
+    "Move along the direction w that the rows add up to; an atom of which no more than `gone` is left scores zero."
+    _restrict()
+    top = _magnitude(gone - gone)
+    for i in range(K):
+        w = _mix(rows, weights, i)
+        r = c[i] - along * w
+        u = left[i] - w * w
+        c[i] = r
+        left[i] = u
+        s = r * r / u
+        s = s if u > gone else gone - gone
+        score[i] = s
+        top = max(top, _magnitude(s))
+    return top
 
 # %% ../nbs/01_kernels.ipynb #0037
 @_jit
-def _direction(K, w, g, k, a, n):
-    "w = sum over j < n of a[j] * row k[j] of g, for n >= 2. The signs of a[4:] are turned."
-    g0, g1 = _at(g, k[0] * K), _at(g, k[1] * K)
-    if n == 2: _combine2(K, w, g0, g1, a[0], a[1])
-    elif n == 3: _combine3(K, w, g0, g1, _at(g, k[2] * K), a[0], a[1], a[2])
-    else: _combine4(K, w, g0, g1, _at(g, k[2] * K), _at(g, k[3] * K), a[0], a[1], a[2], a[3])
-    if n > 4:
-        for j in range(4, n): a[j] = -a[j]
-        _subtract(K, w, g, _at(k, 4), _at(a, 4), n - 4)
+def _move(K, c, diagonal, left, score, w, g, k, a, n, along, gone):
+    "Take direction number n - 1, with weights a[:n] on the rows k[:n] of g, out of c and left, and score. The signs of a may be turned."
+    if n == 1: return _second_scores(K, c, diagonal, left, score, _at(g, k[0] * K), a[0], along, gone)
+    if n == 2: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone)
+    if n == 3: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone)
+    m, one = n - 4, gone / gone
+    g0, g1, g2, g3 = _at(g, k[m] * K), _at(g, k[m + 1] * K), _at(g, k[m + 2] * K), _at(g, k[m + 3] * K)
+    if m == 0: return _next_scores(K, c, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone)
+    for i in range(K): w[i] = gone - gone
+    for j in range(m): a[j] = -a[j]
+    _subtract(K, w, g, k, a, m)
+    return _next_scores(K, c, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone)
 
-# %% ../nbs/01_kernels.ipynb #0038
+# %% ../nbs/01_kernels.ipynb #0039
 @_jit
-def _ormp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, lo, hi):
+def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "ORMP of rows lo..hi. The correlations are used up."
     (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
     numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(S + 5 * K, correlations.dtype)
@@ -273,36 +288,32 @@ def _ormp_rows(signals, correlations, gram, tol, floor, eligible, indices, value
         reciprocal[i] = 1 / diagonal[i]
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
-        norm = np.sqrt(energy)
-        threshold, remaining, travelled, n = real(floor * norm), energy, 0.0, 0
-        doubt = energy != 0 and not 1e-24 < energy < 1e36
-        top = _first_scores(K, c, left, score, diagonal, reciprocal)
+        norm, least = np.sqrt(energy), limits.floor * limits.floor * energy
+        remaining, travelled, n = energy, 0.0, 0
+        doubt = energy != 0 and not limits.lowest < energy < limits.highest
+        top = _first_scores(K, c, score, reciprocal)
         while n < S and top > 0 and (remaining > tol or tol == 0) and not doubt:
             k = _find(K, score, top)
-            if abs(c[k]) <= threshold or _contains(support, n, k):
-                score[k] = real(0)
-                top = _peak(K, score)
-                continue
-            outside, along, moved = _advance(K, g, diagonal, support, n, k, np.float64(c[k]), S, inverse, overlap, coefficient, step)
+            if score[k] <= least: break
+            correlation = np.float64(c[k])
+            doubt = abs(correlation) <= limits.noise * norm or _contains(support, n, k)
+            if doubt: break
+            outside, along, moved = _advance(K, g, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step)
             n += 1
             travelled += moved
             remaining -= along * along
-            doubt = outside < 0.1 * diagonal[k] or travelled > 16 * norm or (tol > 0 and abs(remaining - tol) < 1e-5 * energy)
+            doubt = outside < limits.risky * diagonal[k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
             if n < S and not doubt:
                 for j in range(n): step[j] = inverse[(n - 1) * S + j]
-                if n == 1:
-                    top = _next_scores(K, c, left, score, _at(g, k * K), step[0], real(along), real(eligible))
-                else:
-                    _direction(K, w, g, support, step, n)
-                    top = _next_scores(K, c, left, score, w, real(1), real(along), real(eligible))
+                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible))
         doubtful[b] = doubt
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
             values[b, j] = coefficient[j] if j < n else 0
 
-# %% ../nbs/01_kernels.ipynb #0040
+# %% ../nbs/01_kernels.ipynb #0041
 @_jit
-def _mp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, lo, hi):
+def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "Plain matching pursuit of rows lo..hi, each atom at most once. The correlations are used up."
     (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
     work = np.empty(2 * K, correlations.dtype)
@@ -310,8 +321,8 @@ def _mp_rows(signals, correlations, gram, tol, floor, eligible, indices, values,
     for i in range(K): norms[i] = np.sqrt(g[i * K + i])
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
-        threshold, remaining, n = real(floor * np.sqrt(energy)), energy, 0
-        doubt = energy != 0 and not 1e-50 < energy < 1e60
+        threshold, remaining, n = real(limits.floor * np.sqrt(energy)), energy, 0
+        doubt = energy != 0 and not limits.lowest < energy < limits.highest
         while n < S and (remaining > tol or tol == 0) and not doubt:
             for i in range(K):
                 size = abs(c[i])
@@ -323,37 +334,37 @@ def _mp_rows(signals, correlations, gram, tol, floor, eligible, indices, values,
             value = np.float64(c[k]) / np.float64(g[k * K + k])
             indices[b, n], values[b, n] = k, value
             remaining -= value * c[k]
-            doubt = tol > 0 and abs(remaining - tol) < 1e-5 * energy
+            doubt = tol > 0 and abs(remaining - tol) < limits.blur * energy
             n += 1
-            if n < S: _subtract1(K, c, _at(g, k * K), real(value))
+            if n < S: _subtract_rows(K, c, (_at(g, k * K),), (real(value),))
         doubtful[b] = doubt
         for j in range(n, S): indices[b, j], values[b, j] = -1, 0
 
-# %% ../nbs/01_kernels.ipynb #0042
-@_parallel_jit
-def _omp_parallel(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, tile):
-    rows = correlations.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _omp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
 # %% ../nbs/01_kernels.ipynb #0043
 @_parallel_jit
-def _ormp_parallel(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, tile):
+def _omp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
-        _ormp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
 # %% ../nbs/01_kernels.ipynb #0044
 @_parallel_jit
-def _mp_parallel(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, tile):
+def _ormp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
-        _mp_rows(signals, correlations, gram, tol, floor, eligible, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0046
-_LANES = 64
+# %% ../nbs/01_kernels.ipynb #0045
+@_parallel_jit
+def _mp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
+    rows = correlations.shape[0]
+    for t in prange((rows + tile - 1) // tile):
+        _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
 # %% ../nbs/01_kernels.ipynb #0047
+_LANES = 64
+
+# %% ../nbs/01_kernels.ipynb #0048
 @_jit
 def _lane_dots(first, out, r, d0, d1, d2, d3):
     "out (+)= d0 r[0] + d1 r[1] + d2 r[2] + d3 r[3] in every lane."
@@ -363,14 +374,14 @@ def _lane_dots(first, out, r, d0, d1, d2, d3):
     else:
         for l in range(L): out[l] += (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
 
-# %% ../nbs/01_kernels.ipynb #0048
+# %% ../nbs/01_kernels.ipynb #0049
 @_jit
 def _lane_correlation(M, out, r, d):
     "out = <d, r> in every lane, M a multiple of 4."
     for m in range(0, M, 4):
         _lane_dots(m == 0, out, _at(r, m * _LANES), d[m], d[m + 1], d[m + 2], d[m + 3])
 
-# %% ../nbs/01_kernels.ipynb #0049
+# %% ../nbs/01_kernels.ipynb #0050
 @_jit
 def _lane_best_two(more, c0, c1, r, d, e, k, best, pick):
     "Where atom k (tail d) or k + 1 (tail e) has the larger |correlation|, take it. c0, c1: the part from earlier dimensions, if more."
@@ -396,33 +407,56 @@ def _lane_best_two(more, c0, c1, r, d, e, k, best, pick):
             pick[l] = k + 1 if b > top else p
             best[l] = b if b > top else top
 
-# %% ../nbs/01_kernels.ipynb #0050
+# %% ../nbs/01_kernels.ipynb #0052
 @_jit
-def _lane_select(rule, M, K, atoms, r, limit, left, eligible, c0, c1, best, pick):
-    "The best atom of every lane, -1 where none exceeds the limit."
+def _lane_best_fractions(first, more, c0, c1, p0, p1, r, q, d, e, noise, gone, k, left, num, den, pick):
+    "Where atom k (tail d) or k + 1 (tail e) has the larger correlation^2 / left, take it; the best so far is num / den."
+    _restrict()
     L = _LANES
-    for l in range(L): pick[l] = -1
-    if rule == 0:
-        for l in range(L): best[l] = limit[l]
-        for k in range(0, K, 2):
-            d, e = _at(atoms, k * M), _at(atoms, (k + 1) * M)
-            if M > 4:
-                _lane_correlation(M - 4, c0, r, d)
-                _lane_correlation(M - 4, c1, r, e)
-            _lane_best_two(M > 4, c0, c1, _at(r, (M - 4) * L), _at(d, M - 4), _at(e, M - 4), k, best, pick)
-    else:
-        for l in range(L): best[l] = 0
-        for k in range(K):
-            _lane_correlation(M, c0, r, _at(atoms, k * M))
-            u = _at(left, k * L)
-            for l in range(L):
-                score = c0[l] * c0[l] / u[l]
-                score = score if abs(c0[l]) > limit[l] else 0.0
-                score = score if u[l] > eligible else 0.0
-                pick[l] = k if score > best[l] else pick[l]
-                best[l] = score if score > best[l] else best[l]
+    d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
+    for l in range(L):
+        a = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
+        b = (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
+        u, v = left[l], left[L + l]
+        if more: a, b = a + c0[l], b + c1[l]
+        if not first:
+            s = (d0 * q[l] + d1 * q[L + l]) + (d2 * q[2 * L + l] + d3 * q[3 * L + l])
+            t = (e0 * q[l] + e1 * q[L + l]) + (e2 * q[2 * L + l] + e3 * q[3 * L + l])
+            if more: s, t = s + p0[l], t + p1[l]
+            u, v = u - s * s, v - t * t
+            left[l], left[L + l] = u, v
+        a, b = a * a, b * b
+        a, b = (a if a > noise[l] else 0.0), (b if b > noise[l] else 0.0)
+        a, b = (a if u > gone else 0.0), (b if v > gone else 0.0)
+        u, v = (u if u > gone else gone), (v if v > gone else gone)
+        top, under, p = num[l], den[l], pick[l]
+        better = a * under > top * u
+        top, under, p = (a if better else top), (u if better else under), (k if better else p)
+        better = b * under > top * v
+        num[l], den[l], pick[l] = (b if better else top), (v if better else under), (k + 1 if better else p)
 
-# %% ../nbs/01_kernels.ipynb #0051
+# %% ../nbs/01_kernels.ipynb #0053
+@_jit
+def _lane_select(rule, first, M, K, atoms, r, q, limit, noise, left, gone, work, pick):
+    "The best atom of every lane, -1 where none exceeds the limit. q: the last direction, to be taken out of `left`."
+    L = _LANES
+    best, den, c0, c1, p0, p1 = work, _at(work, L), _at(work, 2 * L), _at(work, 3 * L), _at(work, 4 * L), _at(work, 5 * L)
+    for l in range(L): pick[l] = -1
+    for l in range(L): best[l] = limit[l] if rule == 0 else limit[l] * limit[l]
+    for l in range(L): den[l] = 1
+    for k in range(0, K, 2):
+        d, e = _at(atoms, k * M), _at(atoms, (k + 1) * M)
+        if M > 4:
+            _lane_correlation(M - 4, c0, r, d)
+            _lane_correlation(M - 4, c1, r, e)
+            if rule == 1:
+                _lane_correlation(M - 4, p0, q, d)
+                _lane_correlation(M - 4, p1, q, e)
+        r_tail, q_tail, d_tail, e_tail = _at(r, (M - 4) * L), _at(q, (M - 4) * L), _at(d, M - 4), _at(e, M - 4)
+        if rule == 0: _lane_best_two(M > 4, c0, c1, r_tail, d_tail, e_tail, k, best, pick)
+        else: _lane_best_fractions(first, M > 4, c0, c1, p0, p1, r_tail, q_tail, d_tail, e_tail, noise, gone, k, _at(left, k * L), best, den, pick)
+
+# %% ../nbs/01_kernels.ipynb #0054
 @_jit
 def _lane_dot(M, out, a, b):
     "out = <a, b> in every lane."
@@ -431,7 +465,7 @@ def _lane_dot(M, out, a, b):
     for m in range(1, M):
         for l in range(L): out[l] += a[m * L + l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0052
+# %% ../nbs/01_kernels.ipynb #0055
 @_jit
 def _lane_remove(M, a, dot, b):
     "a -= dot * b in every lane."
@@ -439,7 +473,7 @@ def _lane_remove(M, a, dot, b):
     for m in range(M):
         for l in range(L): a[m * L + l] -= dot[l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0053
+# %% ../nbs/01_kernels.ipynb #0056
 @_jit
 def _lane_orthogonalise(M, S, n, basis, triangle, dot):
     "Vector n of the basis minus its projections on vectors 0..n-1, twice; the coefficients go into column n of the triangle."
@@ -452,18 +486,18 @@ def _lane_orthogonalise(M, S, n, basis, triangle, dot):
             _lane_remove(M, q, dot, _at(basis, j * M * L))
             for l in range(L): t[l] = dot[l] if twice == 0 else t[l] + dot[l]
 
-# %% ../nbs/01_kernels.ipynb #0054
+# %% ../nbs/01_kernels.ipynb #0057
 @_jit
-def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doubtful, lo, hi):
+def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
     "OMP (rule 0) or ORMP (1) of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
     L, S, K, M, size = _LANES, indices.shape[1], atoms.shape[0] - 1, atoms.shape[1], signals.shape[1]
-    numbers, whole = np.zeros(L * (M + S * M + S + S * S + 6 + (K if rule == 1 else 0))), np.zeros(L * (S + 1), np.int64)
+    numbers, whole = np.zeros(L * (M + S * M + S + S * S + 10 + (K if rule == 1 else 0))), np.zeros(L * (S + 1), np.int64)
     r, d = _row(numbers, 0), _row(atoms, 0)
     basis = _at(r, L * M)
     along = _at(basis, L * S * M)
     triangle = _at(along, L * S)
-    best = _at(triangle, L * S * S)
-    limit, dot, length, c0, c1, left = _at(best, L), _at(best, 2 * L), _at(best, 3 * L), _at(best, 4 * L), _at(best, 5 * L), _at(best, 6 * L)
+    limit = _at(triangle, L * S * S)
+    noise, dot, length, work, left = _at(limit, L), _at(limit, 2 * L), _at(limit, 3 * L), _at(limit, 4 * L), _at(limit, 10 * L)
     pick, support = _row(whole, 0), _row(whole, L)
     for start in range(lo, hi, L):
         rows, steps = min(L, hi - start), 0
@@ -471,8 +505,9 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
         for l in range(rows):
             for m in range(size): r[m * L + l] = signals[start + l, m]
         _lane_dot(M, dot, r, r)
-        for l in range(L): limit[l] = floor * np.sqrt(dot[l])
-        for l in range(rows): doubtful[start + l] = dot[l] != 0 and not 1e-200 < dot[l] < 1e200
+        for l in range(L): limit[l] = limits.floor * np.sqrt(dot[l])
+        for l in range(L): noise[l] = limits.noise * limits.noise * dot[l]
+        for l in range(rows): doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
         if rule == 1:
             for k in range(K):
                 norm2 = _energy(M, _at(d, k * M))
@@ -484,7 +519,7 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
                 limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
                 alive += limit[l] < np.inf
             if alive == 0: break
-            _lane_select(rule, M, K, d, r, limit, left, eligible, c0, c1, best, pick)
+            _lane_select(rule, n == 0, M, K, d, r, _at(basis, max(n - 1, 0) * M * L), limit, noise, left, limits.eligible, work, pick)
             q, steps = _at(basis, n * M * L), n + 1
             for l in range(L):
                 support[n * L + l] = pick[l]
@@ -495,18 +530,14 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
             _lane_orthogonalise(M, S, n, basis, triangle, dot)
             _lane_dot(M, length, q, q)
             for l in range(rows):
-                if length[l] <= eligible and pick[l] >= 0: doubtful[start + l] = True
+                if length[l] <= limits.eligible and pick[l] >= 0: doubtful[start + l] = True
             t = _at(triangle, (n * S + n) * L)  # holds 1 / length
-            for l in range(L): t[l] = 1 / np.sqrt(length[l] if length[l] > eligible else 1.0)
+            for l in range(L): t[l] = 1 / np.sqrt(length[l] if length[l] > limits.eligible else 1.0)
             for m in range(M):
                 for l in range(L): q[m * L + l] *= t[l]
             _lane_dot(M, dot, q, r)
             _lane_remove(M, r, dot, q)
             for l in range(L): along[n * L + l] = dot[l]
-            if rule == 1 and n + 1 < S:
-                for k in range(K):
-                    _lane_correlation(M, c0, q, _at(d, k * M))
-                    for l in range(L): left[k * L + l] -= c0[l] * c0[l]
         for i in range(steps - 1, -1, -1):
             for j in range(i + 1, steps):
                 for l in range(L): along[i * L + l] -= triangle[(i * S + j) * L + l] * along[j * L + l]
@@ -515,27 +546,29 @@ def _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doub
         for n in range(S):
             for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0055
+# %% ../nbs/01_kernels.ipynb #0058
 @_parallel_jit
-def _lane_parallel(rule, signals, atoms, tol, floor, eligible, indices, values, doubtful, tile):
+def _lane_parallel(rule, signals, atoms, tol, limits, indices, values, doubtful, tile):
     rows = signals.shape[0]
     for t in prange((rows + tile - 1) // tile):
-        _lane_rows(rule, signals, atoms, tol, floor, eligible, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0057
+# %% ../nbs/01_kernels.ipynb #0060
 @_jit
-def _accept(rule, b, n, k, atoms, residual, basis, triangle, along, eligible):
-    "Take atom k as number n of signal b; False if no more than `eligible` of it lies outside the support."
-    M = residual.shape[1]
-    d, r = _row(atoms, k * M), _row(residual, b * M)
+def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible):
+    "Take atom k as number n of signal b; returns what is left of it outside the support, and takes nothing if that is no more than `eligible`."
+    M, K = dictionary.shape
+    d, r = _row(dictionary, k), _row(residual, b * M)
     if rule == 2:
-        dot = 0.0
-        for m in range(M): dot += r[m] * np.float64(d[m])
-        along[b, n] = dot / _energy(M, d)
-        for m in range(M): r[m] -= along[b, n] * np.float64(d[m])
-        return True
+        dot, norm2 = 0.0, 0.0
+        for m in range(M):
+            dot += r[m] * np.float64(d[m * K])
+            norm2 += np.float64(d[m * K])**2
+        along[b, n] = dot / norm2
+        for m in range(M): r[m] -= along[b, n] * np.float64(d[m * K])
+        return np.inf
     q = _row(basis, (b * basis.shape[1] + n) * M)
-    for m in range(M): q[m] = d[m]
+    for m in range(M): q[m] = d[m * K]
     for j in range(n): triangle[b, j, n] = 0
     for twice in range(2):
         for j in range(n):
@@ -544,49 +577,61 @@ def _accept(rule, b, n, k, atoms, residual, basis, triangle, along, eligible):
             for m in range(M): q[m] -= dot * p[m]
             triangle[b, j, n] += dot
     norm2, dot = _energy(M, q), 0.0
-    if norm2 <= eligible: return False
+    if norm2 <= eligible:
+        for m in range(M): q[m] = 0
+        return norm2
     length = np.sqrt(norm2)
     for m in range(M):
         q[m] /= length
         dot += q[m] * r[m]
     for m in range(M): r[m] -= dot * q[m]
     triangle[b, n, n], along[b, n] = length, dot
-    return True
+    return norm2
 
-# %% ../nbs/01_kernels.ipynb #0058
+# %% ../nbs/01_kernels.ipynb #0061
 @_jit
-def _step_rows(rule, n, correlations, left, bonus, scale, norms, limit, enough, atoms, residual, basis, triangle, along, eligible, indices, lo, hi):
-    "Pick atom number n of rows lo..hi. The correlations become the scores."
+def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, lo, hi):
+    "Pick atom number n of rows lo..hi. OMP and MP may score in place of the correlations."
     M, K, real = residual.shape[1], correlations.shape[1], correlations.dtype.type
     for b in range(lo, hi):
         if (n > 0 and indices[b, n - 1] < 0) or _energy(M, _row(residual, b * M)) <= enough[b]: continue
-        c, threshold = _row(correlations, b * K), real(limit[b])
-        for i in range(K):
-            size = abs(c[i])
-            c[i] = size if size > threshold * norms[i] else real(0)
+        c, score_row, least = _row(correlations, b * K), _row(score, b * K), real(limit[b])
         if rule == 1:
-            for i in range(K): c[i] = c[i] / np.sqrt(left[b, i]) if left[b, i] > eligible else real(0)
+            u = _row(left, b * K)
+            for i in range(K):
+                size = abs(c[i]) / np.sqrt(u[i])
+                size = size if size > least else real(0)
+                score_row[i] = size if u[i] > eligible else real(0)
+        else:
+            for i in range(K):
+                size = abs(c[i])
+                score_row[i] = size if size > least * norms[i] else real(0)
         if bonus.shape[0] == K:
-            for i in range(K): c[i] = c[i] + real(scale[b]) * bonus[i] if c[i] > 0 else real(0)
-        for j in range(n): c[indices[b, j]] = real(0)
-        top = _peak(K, c)
+            for i in range(K): score_row[i] = score_row[i] + real(scale[b]) * bonus[i] if score_row[i] > 0 else real(0)
+        for j in range(n): score_row[indices[b, j]] = real(0)
+        top = _peak(K, score_row)
         while top > 0:
-            k = _find(K, c, top)
-            if _accept(rule, b, n, k, atoms, residual, basis, triangle, along, eligible):
-                indices[b, n] = k
-                break
-            c[k] = real(0)
-            top = _peak(K, c)
+            k = _find(K, score_row, top)
+            if rule == 1 and abs(c[k]) <= noise[b]:
+                doubtful[b] = True
+            else:
+                outside = _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible)
+                if outside < risky: doubtful[b] = True
+                if outside > eligible:
+                    indices[b, n] = k
+                    break
+            score_row[k] = real(0)
+            top = _peak(K, score_row)
 
-# %% ../nbs/01_kernels.ipynb #0059
+# %% ../nbs/01_kernels.ipynb #0062
 @_jit
-def _replay_rows(rule, n, atoms, residual, basis, triangle, along, indices, lo, hi):
+def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices, lo, hi):
     "Rebuild the state of rows lo..hi from their first n atoms."
     for b in range(lo, hi):
         for j in range(n):
-            if indices[b, j] >= 0: _accept(rule, b, j, indices[b, j], atoms, residual, basis, triangle, along, -1.0)
+            if indices[b, j] >= 0: _accept(rule, b, j, indices[b, j], dictionary, residual, basis, triangle, along, -1.0)
 
-# %% ../nbs/01_kernels.ipynb #0060
+# %% ../nbs/01_kernels.ipynb #0063
 @_jit
 def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
     "Coefficients of rows lo..hi from their projections on the basis, by back substitution."
@@ -601,20 +646,20 @@ def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
             values[b, i] = along[b, i] / scale[b]
         for i in range(n, S): values[b, i] = 0
 
-# %% ../nbs/01_kernels.ipynb #0061
+# %% ../nbs/01_kernels.ipynb #0064
 @_parallel_jit
-def _step_parallel(rule, n, correlations, left, bonus, scale, norms, limit, enough, atoms, residual, basis, triangle, along, eligible, indices, tile):
+def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
-        _step_rows(rule, n, correlations, left, bonus, scale, norms, limit, enough, atoms, residual, basis, triangle, along, eligible, indices,
-                   np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky,
+                   indices, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0063
+# %% ../nbs/01_kernels.ipynb #0066
 _pool = threading.Lock()
 _forked = threading.Event()
 os.register_at_fork(after_in_child=_forked.set)
 
-# %% ../nbs/01_kernels.ipynb #0064
+# %% ../nbs/01_kernels.ipynb #0067
 def _run(parallel, kernel, rows, *args, tile=64):
     "Call the parallel build with torch's number of threads if the pool is free, else the kernel itself on all rows."
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
@@ -628,126 +673,143 @@ def _run(parallel, kernel, rows, *args, tile=64):
     finally:
         _pool.release()
 
-# %% ../nbs/01_kernels.ipynb #0066
+# %% ../nbs/01_kernels.ipynb #0069
 class _Chunk:
-    "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor."
-    def __init__(self, signals, dictionary, atoms, indices, rule, tol):
-        (n, M), S = signals.shape, indices.shape[1]
-        scale = power_of_two_scale(signals)
-        self.rule, self.dictionary, self.indices = rule, dictionary, indices
+    "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also what is left of the atoms."
+    def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol):
+        (n, M), S, K, arithmetic = signals.shape, indices.shape[1], dictionary.shape[1], dictionary.dtype
+        scale, limits = power_of_two_scale(signals), _limits(signals.dtype, arithmetic)
+        self.rule, self.dictionary, self.norms, self.indices, self.doubtful = rule, dictionary, norms, indices, doubtful
         self.scale, self.residual = scale[:, 0].double(), (signals * scale).double()
-        self.norms = torch.linalg.vector_norm(dictionary, dim=0)
-        self.limit = correlation_floor(signals.dtype) * torch.linalg.vector_norm(self.residual, dim=1)
-        self.enough, self.eligible = tol * self.scale.square(), eligible_norm(signals.dtype)
+        length = torch.linalg.vector_norm(self.residual, dim=1)
+        self.limit, self.noise, self.enough = limits.floor * length, limits.noise * length, tol * self.scale.square()
+        self.eligible, self.risky = limits.eligible, limits.risky if arithmetic == torch.float32 else 0.0
         self.basis = torch.zeros(n, S if rule != 2 else 0, M, dtype=torch.float64)
         self.triangle, self.along = torch.empty(n, S, S, dtype=torch.float64), torch.zeros(n, S, dtype=torch.float64)
-        self.left = self.norms.square().repeat(n if rule == 1 else 0, 1)
-        self.state = [t.numpy() for t in (atoms, self.residual, self.basis, self.triangle, self.along)]
+        self.correlations = self.residual.to(arithmetic) @ dictionary
+        self.score = torch.empty_like(self.correlations) if rule == 1 else self.correlations
+        self.left = norms.square().repeat(n if rule == 1 else 0, 1)
+        self.state = [t.numpy() for t in (dictionary, self.residual, self.basis, self.triangle, self.along)]
 
     def replay(self, steps):
         _replay_rows(self.rule, steps, *self.state, self.indices.numpy(), 0, len(self.residual))
-        for s in range(steps): self.shrink(s)
+        torch.mm(self.residual.to(self.dictionary.dtype), self.dictionary, out=self.correlations)
+        if self.rule == 1:
+            for s in range(steps): self.shrink(s)
 
     def shrink(self, s):
-        "Take direction s out of what is left of every atom; only ORMP asks."
-        if self.rule == 1: self.left -= (self.basis[:, s].to(self.left.dtype) @ self.dictionary).square()
+        "Take direction s out of what is left of every atom; the atoms' projections on it stay in `score`."
+        torch.mm(self.basis[:, s].to(self.left.dtype), self.dictionary, out=self.score)
+        self.left.addcmul_(self.score, self.score, value=-1)
+
+    def advance(self, s):
+        "Bring the correlations up to date after step s."
+        if self.rule != 1: return torch.mm(self.residual.to(self.dictionary.dtype), self.dictionary, out=self.correlations)
+        self.shrink(s)
+        self.correlations.addcmul_(self.score, self.along[:, s, None].to(self.left.dtype), value=-1)
 
     def step(self, s, bonus):
-        c = self.residual.to(self.dictionary.dtype) @ self.dictionary
-        around = [t.numpy() for t in (c, self.left, bonus, self.scale, self.norms, self.limit, self.enough)]
-        _run(_step_parallel, _step_rows, len(c), self.rule, s, *around, *self.state, self.eligible, self.indices.numpy())
+        around = [t.numpy() for t in (self.correlations, self.left, self.score, bonus, self.scale, self.norms, self.limit, self.noise, self.enough)]
+        _run(_step_parallel, _step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy())
 
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
 
-# %% ../nbs/01_kernels.ipynb #0067
-def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, budget=2**26):
+# %% ../nbs/01_kernels.ipynb #0070
+def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=2**26):
     "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory."
     (B, M), (S, K) = signals.shape, (indices.shape[1], dictionary.shape[1])
-    row_bytes = K * dictionary.dtype.itemsize * (4 if rule == 1 else 2) + 8 * (S * (M + S) + 4 * M)
-    rows, atoms, nothing = max(1, min(4096, budget // row_bytes)), dictionary.T.contiguous(), dictionary.new_zeros(0)
+    row_bytes = K * dictionary.dtype.itemsize * (3 if rule == 1 else 1) + 8 * (S * (M + S) + 4 * M)
+    rows, nothing, norms = max(1, min(4096, budget // row_bytes)), dictionary.new_zeros(0), dictionary.square().sum(0).sqrt()
     indices.fill_(-1)
-    chunks = lambda: ((_Chunk(signals[i:i + rows], dictionary, atoms, indices[i:i + rows], rule, tol), values[i:i + rows]) for i in range(0, B, rows))
+    def chunks():
+        for i in range(0, B, rows):
+            part = slice(i, i + rows)
+            yield _Chunk(signals[part], dictionary, norms, indices[part], doubtful[part], rule, tol), values[part]
     if not diversity:
         for chunk, out in chunks():
             for s in range(S):
                 chunk.step(s, nothing)
-                if s + 1 < S: chunk.shrink(s)
+                if s + 1 < S: chunk.advance(s)
             chunk.finish(out)
         return
     usage = torch.zeros(K, dtype=dictionary.dtype)
     for s in range(S):
         bonus = diversity * (usage.mean() - usage).clamp_min(0) if s else nothing
         for chunk, out in chunks():
-            chunk.replay(s)
+            if s: chunk.replay(s)
             chunk.step(s, bonus)
             if s + 1 == S: chunk.finish(out)
         picked = indices[:, s]
         usage += torch.bincount(picked[picked >= 0], minlength=K)
 
-# %% ../nbs/01_kernels.ipynb #0069
+# %% ../nbs/01_kernels.ipynb #0072
 def _chunk_rows(K):
     "Rows of K correlations that make a chunk: at least 1,024, else 2 MB."
     return max(1024, 2**19 // K)
 
-# %% ../nbs/01_kernels.ipynb #0070
+# %% ../nbs/01_kernels.ipynb #0073
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
-    "Chunk by chunk: correlations by one product, then the kernel."
-    B, K, dtype = len(signals), dictionary.shape[1], signals.dtype
-    gram, rows = dictionary.T @ dictionary, _chunk_rows(K)
+    "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
+    B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
+    gram, rows, limits = dictionary.T @ dictionary, _chunk_rows(K), _limits(signals.dtype, arithmetic)
     kernels = ((_omp_parallel, _omp_rows), (_ormp_parallel, _ormp_rows), (_mp_parallel, _mp_rows))[rule]
-    buffer = torch.empty(min(rows, B), K, dtype=dtype)
+    buffer = torch.empty(min(rows, B), K, dtype=arithmetic)
     for i in range(0, B, rows):
-        x = signals[i:i + rows]
+        x = signals[i:i + rows].to(arithmetic)
         correlations = torch.mm(x, dictionary, out=buffer[:len(x)])
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
-        _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, correlation_floor(dtype), eligible_norm(dtype), *out)
+        _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
-# %% ../nbs/01_kernels.ipynb #0071
+# %% ../nbs/01_kernels.ipynb #0074
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     "Pad to a multiple of four dimensions and an even number of atoms, and run 64 signals at a time."
     M, K = dictionary.shape
     atoms = torch.zeros(K + K % 2 + 1, -(-M // 4) * 4, dtype=torch.float64)
     atoms[:K, :M] = dictionary.T
     arrays = [t.numpy() for t in (indices, values, doubtful)]
-    _run(_lane_parallel, _lane_rows, len(signals), rule, signals.numpy(), atoms.numpy(), tol, correlation_floor(signals.dtype), eligible_norm(signals.dtype),
-         *arrays, tile=512)
+    _run(_lane_parallel, _lane_rows, len(signals), rule, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
 
-# %% ../nbs/01_kernels.ipynb #0072
-def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
-    "Choose a path, then give doubtful signals a second look in float64."
-    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
-    (B, M), K, rule = signals.shape, dictionary.shape[1], ("omp", "ormp", "mp").index(method)
-    indices, values = torch.empty(B, sparsity, dtype=torch.int64), torch.empty(B, sparsity, dtype=signals.dtype)
+# %% ../nbs/01_kernels.ipynb #0076
+def _code(signals, dictionary, rule, tol, indices, values):
+    "Codes without diversity, in the precision of the dictionary; doubtful signals again, in float64."
+    (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
     doubtful = torch.zeros(B, dtype=torch.bool)
-    if B == 0: return indices, values
-    if diversity:
-        _stepwise(signals, dictionary, rule, tol, diversity, indices, values)
-    elif M <= 16 and M * K <= 4096 and rule != 2:
-        _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful)
-    elif K * K * signals.dtype.itemsize > 2**28 or B * sparsity < K:
-        _stepwise(signals, dictionary, rule, tol, 0.0, indices, values)
-    else:
-        _with_gram(signals, dictionary, rule, tol, indices, values, doubtful)
-    if doubtful.any():
-        for again in doubtful.nonzero()[:, 0].split(max(1, 2**22 // M)):
-            k, v = indices[again], values[again]
-            _stepwise(signals[again], dictionary.double(), rule, tol, 0.0, k, v)
-            indices[again], values[again] = k, v
+    lanes = M <= 16 and M * K <= 4096 and rule != 2
+    stepwise = not lanes and (K * K * dictionary.dtype.itemsize > 2**28 or B * S < K)
+    if lanes: _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful)
+    elif stepwise: _stepwise(signals, dictionary, rule, tol, 0.0, indices, values, doubtful)
+    else: _with_gram(signals, dictionary, rule, tol, indices, values, doubtful)
+    if not doubtful.any() or (stepwise and dictionary.dtype == torch.float64): return
+    for again in doubtful.nonzero()[:, 0].split(max(1, 2**22 // M)):
+        k, v = indices[again], values[again]
+        if lanes or dictionary.dtype == torch.float64:
+            _stepwise(signals[again], dictionary.double(), rule, tol, 0.0, k, v, torch.zeros(len(again), dtype=torch.bool))
+        else:
+            _code(signals[again], dictionary.double(), rule, tol, k, v)
+        indices[again], values[again] = k, v
+
+# %% ../nbs/01_kernels.ipynb #0077
+def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
+    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
+    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
+    indices, values = torch.empty(B, sparsity, dtype=torch.int64), torch.empty(B, sparsity, dtype=signals.dtype)
+    if B and diversity: _stepwise(signals, dictionary, rule, tol, diversity, indices, values, torch.zeros(B, dtype=torch.bool))
+    elif B: _code(signals, dictionary, rule, tol, indices, values)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0074
+# %% ../nbs/01_kernels.ipynb #0079
 @torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
 def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
     return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
 
-# %% ../nbs/01_kernels.ipynb #0075
+# %% ../nbs/01_kernels.ipynb #0080
 @_pursuit_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, diversity):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0076
+# %% ../nbs/01_kernels.ipynb #0081
 def omp_numba(
     signals: Tensor,  # [B, M], float32 or float64, on the CPU
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"
@@ -761,7 +823,7 @@ def omp_numba(
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     return torch.ops.laser.pursuit_cpu(signals, dictionary, int(sparsity), method, float(tol), float(diversity))
 
-# %% ../nbs/01_kernels.ipynb #0080
+# %% ../nbs/01_kernels.ipynb #0085
 def count_differences(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
@@ -771,28 +833,13 @@ def count_differences(
     chunk: int = 2048,  # signals a time
 ) -> tuple[int, int]:  # supports that differ from the float64 reference, and those of them that are near-ties
     "Compare supports with the reference in float64; a near-tie is a step whose two best scores are within 1e-5 |x|."
-    dtype, dictionary, S, differ, ties = signals.dtype, dictionary.double(), indices.shape[1], 0, 0
+    dtype, dictionary, S, counts = signals.dtype, dictionary.double(), indices.shape[1], []
     for x, ours in zip(signals.double().split(chunk), indices.split(chunk)):
-        reference, coefficients = pursuit(x, dictionary, S, method=method, tol=tol, eligible=eligible_norm(dtype))
-        for b in (reference != ours).any(1).nonzero()[:, 0].tolist():
-            step = int((reference[b] != ours[b]).nonzero()[0, 0])
-            differ, ties = differ + 1, ties + (_decision_gap(x[b], dictionary, reference[b, :step], coefficients[b, :step], method) < 1e-5)
-    return differ, ties
+        reference = pursuit(x, dictionary, S, method=method, tol=tol, eligible=eligible_norm(dtype))[0]
+        counts.append(compare_supports(x, dictionary, reference, ours, method, eligible_norm(dtype)))
+    return tuple(map(sum, zip(*counts)))
 
-# %% ../nbs/01_kernels.ipynb #0081
-def _decision_gap(x, D, support, coefficients, method):
-    "Difference of the two best scores for x [M] after `support`, relative to |x|."
-    left, A = D.square().sum(0), D[:, support]
-    if method != "mp" and len(support): coefficients = torch.linalg.lstsq(A, x[:, None]).solution[:, 0]
-    score = ((x - A @ coefficients) @ D).abs()
-    if method == "ormp":
-        if len(support): left = (D - A @ torch.linalg.lstsq(A, D).solution).square().sum(0)
-        score = score / left.clamp_min(1e-12).sqrt()
-    score[support] = 0
-    best = score.topk(min(2, len(score))).values
-    return float(best[0] - best[-1]) / float(x.norm()) if len(best) > 1 else float("inf")
-
-# %% ../nbs/01_kernels.ipynb #0111
+# %% ../nbs/01_kernels.ipynb #0115
 @intrinsic
 def _ordered(typingctx, x):
     "The bits of x as an integer that orders as x does."
@@ -803,7 +850,7 @@ def _ordered(typingctx, x):
         return builder.xor(bits, builder.and_(sign, ir.Constant(word, 2 ** (x.bitwidth - 1) - 1)))
     return (types.int32 if x.bitwidth == 32 else types.int64)(x), build
 
-# %% ../nbs/01_kernels.ipynb #0112
+# %% ../nbs/01_kernels.ipynb #0116
 @_jit
 def _nearest(K, c, half):
     "First argmax of c - half."
@@ -814,20 +861,20 @@ def _nearest(K, c, half):
         first = min(first, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
     return np.int64(first)
 
-# %% ../nbs/01_kernels.ipynb #0113
+# %% ../nbs/01_kernels.ipynb #0117
 @_jit
 def _nearest_rows(correlations, half, nearest, lo, hi):
     K = correlations.shape[1]
     for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
 
-# %% ../nbs/01_kernels.ipynb #0114
+# %% ../nbs/01_kernels.ipynb #0118
 @_parallel_jit
 def _nearest_parallel(correlations, half, nearest, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _nearest_rows(correlations, half, nearest, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0115
+# %% ../nbs/01_kernels.ipynb #0119
 @torch.library.custom_op("laser::nearest_entry", mutates_args=())
 def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     K, on_cpu = len(codebook), z.device.type == "cpu"
@@ -842,12 +889,12 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
             nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
-# %% ../nbs/01_kernels.ipynb #0116
+# %% ../nbs/01_kernels.ipynb #0120
 @_nearest_op.register_fake
 def _(z, codebook):
     return z.new_empty(z.shape[0], dtype=torch.int64)
 
-# %% ../nbs/01_kernels.ipynb #0117
+# %% ../nbs/01_kernels.ipynb #0121
 def nearest_entry(
     z: Tensor,  # [B, M], any float dtype
     codebook: Tensor,  # [K, M], entries in rows
@@ -856,7 +903,7 @@ def nearest_entry(
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.ops.laser.nearest_entry(z.detach().to(dtype), codebook.detach().to(dtype))
 
-# %% ../nbs/01_kernels.ipynb #0125
+# %% ../nbs/01_kernels.ipynb #0129
 @functools.cache
 def _fused_kernel():
     "The Triton kernel for K that fits on chip."
@@ -931,7 +978,7 @@ def _fused_kernel():
 
     return triton.jit(fused)
 
-# %% ../nbs/01_kernels.ipynb #0127
+# %% ../nbs/01_kernels.ipynb #0131
 @functools.cache
 def _streaming_kernel():
     "The Triton kernel for large K: a running argmax over tiles of the dictionary."
@@ -1019,11 +1066,11 @@ def _streaming_kernel():
 
     return triton.jit(streaming)
 
-# %% ../nbs/01_kernels.ipynb #0128
+# %% ../nbs/01_kernels.ipynb #0132
 def _power_of_two(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
-# %% ../nbs/01_kernels.ipynb #0129
+# %% ../nbs/01_kernels.ipynb #0133
 def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream):
     "Launch one of the two kernels. No synchronisation with the host; float32 whatever torch's TF32 switch says."
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
@@ -1047,23 +1094,23 @@ def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream):
                                        rows, 16, _power_of_two(K, 16), S, num_warps=4 if K <= 512 else 8 if K <= 1024 else 16)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0130
+# %% ../nbs/01_kernels.ipynb #0134
 def _gram_float32(dictionary):
     "Gram matrix in true float32: accumulated in float64, so that no TF32 switch touches it."
     return (dictionary.double().T @ dictionary.double()).float()
 
-# %% ../nbs/01_kernels.ipynb #0131
+# %% ../nbs/01_kernels.ipynb #0135
 @torch.library.custom_op("laser::pursuit_triton", mutates_args=())
 def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool) -> tuple[Tensor, Tensor]:
     return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream)
 
-# %% ../nbs/01_kernels.ipynb #0132
+# %% ../nbs/01_kernels.ipynb #0136
 @_pursuit_triton_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, stream):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0133
+# %% ../nbs/01_kernels.ipynb #0137
 def omp_triton(
     signals: Tensor,  # [B, M] float32 on CUDA; on the CPU only under TRITON_INTERPRET=1, for tests
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"

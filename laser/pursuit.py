@@ -169,21 +169,27 @@ def pursuit(
 
 # %% ../nbs/00_pursuit.ipynb #0034
 def decision_gap(
-    signal: Tensor,  # [M] float64
-    dictionary: Tensor,  # [M, K] float64, unit atoms
-    support: list[int],  # what has been picked so far
-    method: str = "omp",  # "omp" or "ormp"
-) -> float:  # difference of the two largest scores, relative to the norm of the signal
+    signals: Tensor,  # [B, M] float64
+    dictionary: Tensor,  # [M, K] float64
+    support: Tensor,  # [B, s], what has been picked so far, s >= 0
+    method: str = "omp",  # "omp", "ormp" or "mp"
+    eligible: float = 1e-12,  # as the supports were made, see `pursuit`
+) -> Tensor:  # [B], difference of the two largest scores, relative to the norm of the signal
     "How close the next decision is: under 1e-5 it is a near-tie, which rounding may decide."
-    residual, left = signal.clone(), torch.ones_like(dictionary[0])
-    if support:
-        chosen = dictionary[:, support]
-        residual = signal - chosen @ torch.linalg.lstsq(chosen, signal[:, None]).solution[:, 0]
-        if method == "ormp": left = (dictionary - chosen @ torch.linalg.lstsq(chosen, dictionary).solution).square().sum(0)
-    score = (dictionary.T @ residual).abs() / left.clamp_min(1e-12).sqrt()
-    score[support] = 0
-    best, second = score.topk(2).values
-    return float((best - second) / signal.norm())
+    chosen = dictionary.T[support].mT                                        # [B, M, s]
+    residual, left = signals, dictionary.square().sum(0).repeat(len(signals), 1)
+    if method == "mp":
+        for atom in chosen.unbind(2):
+            residual = residual - (residual * atom).sum(1, keepdim=True) / atom.square().sum(1, keepdim=True) * atom
+    elif chosen.shape[2]:
+        q = torch.linalg.qr(chosen).Q
+        for _ in range(2): residual = residual - (q @ (q.mT @ residual[..., None]))[..., 0]
+        left = left - (q.mT @ dictionary).square().sum(1)
+    score = (residual @ dictionary).abs()
+    if method == "ormp": score = score / left.clamp_min(eligible).sqrt()
+    if method != "mp": score = score.where(left > eligible, 0)
+    best = score.scatter(1, support, 0.0).topk(min(2, dictionary.shape[1]), dim=1).values
+    return (best[:, 0] - best[:, -1]) / torch.linalg.vector_norm(signals, dim=1)
 
 # %% ../nbs/00_pursuit.ipynb #0036
 def compare_supports(
@@ -191,10 +197,13 @@ def compare_supports(
     dictionary: Tensor,  # [M, K] float64
     ours: Tensor,  # [B, S] supports in order of selection
     theirs: Tensor,  # [B, S]
-    method: str = "omp",  # "omp" or "ormp"
+    method: str = "omp",  # "omp", "ormp" or "mp"
+    eligible: float = 1e-12,  # as the supports were made, see `pursuit`
 ) -> tuple[int, int]:  # signals whose supports differ, and those of them that first differ at a near-tie
     "Compare two sets of supports, step by step; all is well while the two numbers are equal."
-    rows = (ours != theirs).any(dim=1).nonzero().flatten().tolist()
-    steps = (ours != theirs).int().argmax(dim=1).tolist()
-    gaps = [decision_gap(signals[i], dictionary, ours[i, :steps[i]].tolist(), method) for i in rows]
-    return len(rows), sum(gap < 1e-5 for gap in gaps)
+    first, ties = (ours != theirs).int().argmax(dim=1), 0
+    first[(ours == theirs).all(dim=1)] = -1
+    for step in first[first >= 0].unique().tolist():
+        for rows in (first == step).nonzero()[:, 0].split(1024):
+            ties += int((decision_gap(signals[rows], dictionary, ours[rows, :step], method, eligible) < 1e-5).sum())
+    return int((first >= 0).sum()), ties
