@@ -701,7 +701,8 @@ def benchmark_job_class():
 
   laser_benchmark                                           every size, every package that is installed
   laser_benchmark rounds=9 peers=none
-  laser_benchmark cases=64x512x5 signals=100000"""
+  laser_benchmark cases=64x512x5 signals=100000
+  laser_benchmark model=outputs/train/run/checkpoints/best  also what that DL-VAE codes"""
 
     @dataclass
     class BenchmarkJob:
@@ -711,7 +712,8 @@ def benchmark_job_class():
         cases: str = "all"              # all, or sizes MxKxS
         peers: str = "all"              # all, none, or names of packages
         source: str = "auto"            # where real signals come from: auto, celeba, sample or a folder
-        seed: int = 0                   # of random signals and of choices
+        model: Optional[str] = None     # folder of a trained DL-VAE: its latents and dictionary too
+        seed: int = 0                   # of the choice of signals and entries
         output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))
     return BenchmarkJob
@@ -720,7 +722,8 @@ def benchmark_job_class():
 def benchmark_job(cfg):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
-    run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, out=cfg.output_dir, seed=cfg.seed)
+    run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, model=cfg.model,
+                  out=cfg.output_dir, seed=cfg.seed)
 
 # %% ../nbs/12_cli.ipynb #0106
 def benchmark() -> None:

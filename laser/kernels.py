@@ -383,80 +383,80 @@ def _lane_correlation(M, out, r, d):
 
 # %% ../nbs/01_kernels.ipynb #0050
 @_jit
-def _lane_best_two(more, c0, c1, r, d, e, k, best, pick):
-    "Where atom k (tail d) or k + 1 (tail e) has the larger |correlation|, take it. c0, c1: the part from earlier dimensions, if more."
-    L = _LANES
-    d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
-    if more:
-        for l in range(L):
-            c0[l] += (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
-            c1[l] += (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
-        for l in range(L):
-            a, b, top, p = abs(c0[l]), abs(c1[l]), best[l], pick[l]
-            p = k if a > top else p
-            top = a if a > top else top
-            pick[l] = k + 1 if b > top else p
-            best[l] = b if b > top else top
-    else:
-        for l in range(L):
-            a = abs((d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l]))
-            b = abs((e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l]))
-            top, p = best[l], pick[l]
-            p = k if a > top else p
-            top = a if a > top else top
-            pick[l] = k + 1 if b > top else p
-            best[l] = b if b > top else top
-
-# %% ../nbs/01_kernels.ipynb #0052
-@_jit
-def _lane_best_fractions(first, more, c0, c1, p0, p1, r, q, d, e, noise, gone, k, left, num, den, pick):
-    "Where atom k (tail d) or k + 1 (tail e) has the larger correlation^2 / left, take it; the best so far is num / den."
+def _lane_best_two(r, c, d, e, k, best, pick):
+    "Where atom k (tail d) or k + 1 (tail e) has the larger |correlation|, take it. c: products over earlier dimensions, None if there are none."
     _restrict()
     L = _LANES
     d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
     for l in range(L):
         a = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
         b = (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
-        u, v = left[l], left[L + l]
-        if more: a, b = a + c0[l], b + c1[l]
-        if not first:
+        if c is not None: a, b = a + c[l], b + c[L + l]
+        a, b, top, p = abs(a), abs(b), best[l], pick[l]
+        p = k if a > top else p
+        top = a if a > top else top
+        pick[l] = k + 1 if b > top else p
+        best[l] = b if b > top else top
+
+# %% ../nbs/01_kernels.ipynb #0052
+@_jit
+def _lane_best_fractions(r, c, q, p, d, e, whole, gone, k, left, num, den, pick):
+    """Where atom k (tail d) or k + 1 (tail e) has the larger correlation^2 / left, take it; the best so far is num / den.
+    q: the last direction, None in the first step. c, p: products with r and q over earlier dimensions, None if there are none.
+    whole: squared norms of the two atoms while nothing has been taken out of them but this, None later."""
+    _restrict()
+    L = _LANES
+    d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
+    for l in range(L):
+        a = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
+        b = (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
+        u, v = whole if whole is not None else (left[l], left[L + l])
+        if c is not None: a, b = a + c[l], b + c[L + l]
+        if q is not None:
             s = (d0 * q[l] + d1 * q[L + l]) + (d2 * q[2 * L + l] + d3 * q[3 * L + l])
             t = (e0 * q[l] + e1 * q[L + l]) + (e2 * q[2 * L + l] + e3 * q[3 * L + l])
-            if more: s, t = s + p0[l], t + p1[l]
+            if p is not None: s, t = s + p[l], t + p[L + l]
             u, v = u - s * s, v - t * t
+            u, v = (u if u > gone else np.inf), (v if v > gone else np.inf)
             left[l], left[L + l] = u, v
         a, b = a * a, b * b
-        a, b = (a if a > noise[l] else 0.0), (b if b > noise[l] else 0.0)
-        a, b = (a if u > gone else 0.0), (b if v > gone else 0.0)
-        u, v = (u if u > gone else gone), (v if v > gone else gone)
-        top, under, p = num[l], den[l], pick[l]
+        top, under, best = num[l], den[l], pick[l]
         better = a * under > top * u
-        top, under, p = (a if better else top), (u if better else under), (k if better else p)
+        top, under, best = (a if better else top), (u if better else under), (k if better else best)
         better = b * under > top * v
-        num[l], den[l], pick[l] = (b if better else top), (v if better else under), (k + 1 if better else p)
-
-# %% ../nbs/01_kernels.ipynb #0053
-@_jit
-def _lane_select(rule, first, M, K, atoms, r, q, limit, noise, left, gone, work, pick):
-    "The best atom of every lane, -1 where none exceeds the limit. q: the last direction, to be taken out of `left`."
-    L = _LANES
-    best, den, c0, c1, p0, p1 = work, _at(work, L), _at(work, 2 * L), _at(work, 3 * L), _at(work, 4 * L), _at(work, 5 * L)
-    for l in range(L): pick[l] = -1
-    for l in range(L): best[l] = limit[l] if rule == 0 else limit[l] * limit[l]
-    for l in range(L): den[l] = 1
-    for k in range(0, K, 2):
-        d, e = _at(atoms, k * M), _at(atoms, (k + 1) * M)
-        if M > 4:
-            _lane_correlation(M - 4, c0, r, d)
-            _lane_correlation(M - 4, c1, r, e)
-            if rule == 1:
-                _lane_correlation(M - 4, p0, q, d)
-                _lane_correlation(M - 4, p1, q, e)
-        r_tail, q_tail, d_tail, e_tail = _at(r, (M - 4) * L), _at(q, (M - 4) * L), _at(d, M - 4), _at(e, M - 4)
-        if rule == 0: _lane_best_two(M > 4, c0, c1, r_tail, d_tail, e_tail, k, best, pick)
-        else: _lane_best_fractions(first, M > 4, c0, c1, p0, p1, r_tail, q_tail, d_tail, e_tail, noise, gone, k, _at(left, k * L), best, den, pick)
+        num[l], den[l], pick[l] = (b if better else top), (v if better else under), (k + 1 if better else best)
 
 # %% ../nbs/01_kernels.ipynb #0054
+@_jit
+def _lane_select(recursive, wide, n, M, K, atoms, norms, r, q, limit, left, gone, work, pick):
+    "The best atom of every lane, -1 where none exceeds the limit. q: direction number n - 1, to be taken out of `left`."
+    L = _LANES
+    best, den, c, p = work, _at(work, L), _at(work, 2 * L), _at(work, 4 * L)
+    for l in range(L): pick[l], den[l] = -1, 1
+    for l in range(L): best[l] = limit[l]
+    if recursive is not None:
+        for l in range(L): best[l] *= best[l]
+    r_tail, q_tail = _at(r, (M - 4) * L), _at(q, (M - 4) * L)
+    for k in range(0, K, 2):
+        d, e, u, whole = _at(atoms, k * M), _at(atoms, (k + 1) * M), _at(left, k * L), (norms[k], norms[k + 1])
+        if wide is None:
+            if recursive is None: _lane_best_two(r, None, d, e, k, best, pick)
+            elif n == 0: _lane_best_fractions(r, None, None, None, d, e, whole, gone, k, u, best, den, pick)
+            elif n == 1: _lane_best_fractions(r, None, q, None, d, e, whole, gone, k, u, best, den, pick)
+            else: _lane_best_fractions(r, None, q, None, d, e, None, gone, k, u, best, den, pick)
+        else:
+            _lane_correlation(M - 4, c, r, d)
+            _lane_correlation(M - 4, _at(c, L), r, e)
+            d_tail, e_tail = _at(d, M - 4), _at(e, M - 4)
+            if recursive is None: _lane_best_two(r_tail, c, d_tail, e_tail, k, best, pick)
+            elif n == 0: _lane_best_fractions(r_tail, c, None, None, d_tail, e_tail, whole, gone, k, u, best, den, pick)
+            else:
+                _lane_correlation(M - 4, p, q, d)
+                _lane_correlation(M - 4, _at(p, L), q, e)
+                if n == 1: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, whole, gone, k, u, best, den, pick)
+                else: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, None, gone, k, u, best, den, pick)
+
+# %% ../nbs/01_kernels.ipynb #0055
 @_jit
 def _lane_dot(M, out, a, b):
     "out = <a, b> in every lane."
@@ -465,7 +465,7 @@ def _lane_dot(M, out, a, b):
     for m in range(1, M):
         for l in range(L): out[l] += a[m * L + l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0055
+# %% ../nbs/01_kernels.ipynb #0056
 @_jit
 def _lane_remove(M, a, dot, b):
     "a -= dot * b in every lane."
@@ -473,7 +473,7 @@ def _lane_remove(M, a, dot, b):
     for m in range(M):
         for l in range(L): a[m * L + l] -= dot[l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0056
+# %% ../nbs/01_kernels.ipynb #0057
 @_jit
 def _lane_orthogonalise(M, S, n, basis, triangle, dot):
     "Vector n of the basis minus its projections on vectors 0..n-1, twice; the coefficients go into column n of the triangle."
@@ -486,19 +486,22 @@ def _lane_orthogonalise(M, S, n, basis, triangle, dot):
             _lane_remove(M, q, dot, _at(basis, j * M * L))
             for l in range(L): t[l] = dot[l] if twice == 0 else t[l] + dot[l]
 
-# %% ../nbs/01_kernels.ipynb #0057
+# %% ../nbs/01_kernels.ipynb #0058
 @_jit
-def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
-    "OMP (rule 0) or ORMP (1) of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
+def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
+    "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
     L, S, K, M, size = _LANES, indices.shape[1], atoms.shape[0] - 1, atoms.shape[1], signals.shape[1]
-    numbers, whole = np.zeros(L * (M + S * M + S + S * S + 10 + (K if rule == 1 else 0))), np.zeros(L * (S + 1), np.int64)
+    numbers, whole = np.zeros(L * (M + S * M + S + S * S + 10 + (0 if recursive is None else K)) + K), np.zeros(L * (S + 1), np.int64)
     r, d = _row(numbers, 0), _row(atoms, 0)
     basis = _at(r, L * M)
     along = _at(basis, L * S * M)
     triangle = _at(along, L * S)
     limit = _at(triangle, L * S * S)
     noise, dot, length, work, left = _at(limit, L), _at(limit, 2 * L), _at(limit, 3 * L), _at(limit, 4 * L), _at(limit, 10 * L)
-    pick, support = _row(whole, 0), _row(whole, L)
+    norms, pick, support = _row(numbers, len(numbers) - K), _row(whole, 0), _row(whole, L)
+    for k in range(K):  # squared; what is no atom has an infinite one, and is never picked
+        norm2 = _energy(M, _at(d, k * M))
+        norms[k] = norm2 if norm2 > limits.eligible else np.inf
     for start in range(lo, hi, L):
         rows, steps = min(L, hi - start), 0
         for l in range(L * M): r[l] = 0
@@ -508,10 +511,6 @@ def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo,
         for l in range(L): limit[l] = limits.floor * np.sqrt(dot[l])
         for l in range(L): noise[l] = limits.noise * limits.noise * dot[l]
         for l in range(rows): doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
-        if rule == 1:
-            for k in range(K):
-                norm2 = _energy(M, _at(d, k * M))
-                for l in range(L): left[k * L + l] = norm2
         for n in range(S):
             _lane_dot(M, dot, r, r)
             alive = 0
@@ -519,7 +518,7 @@ def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo,
                 limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
                 alive += limit[l] < np.inf
             if alive == 0: break
-            _lane_select(rule, n == 0, M, K, d, r, _at(basis, max(n - 1, 0) * M * L), limit, noise, left, limits.eligible, work, pick)
+            _lane_select(recursive, wide, n, M, K, d, norms, r, _at(basis, max(n - 1, 0) * M * L), limit, left, limits.eligible, work, pick)
             q, steps = _at(basis, n * M * L), n + 1
             for l in range(L):
                 support[n * L + l] = pick[l]
@@ -538,6 +537,9 @@ def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo,
             _lane_dot(M, dot, q, r)
             _lane_remove(M, r, dot, q)
             for l in range(L): along[n * L + l] = dot[l]
+            if recursive is not None:
+                for l in range(rows):  # the correlation of the atom was rounding
+                    if dot[l] * dot[l] * length[l] <= noise[l] and pick[l] >= 0: doubtful[start + l] = True
         for i in range(steps - 1, -1, -1):
             for j in range(i + 1, steps):
                 for l in range(L): along[i * L + l] -= triangle[(i * S + j) * L + l] * along[j * L + l]
@@ -546,14 +548,14 @@ def _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, lo,
         for n in range(S):
             for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0058
+# %% ../nbs/01_kernels.ipynb #0059
 @_parallel_jit
-def _lane_parallel(rule, signals, atoms, tol, limits, indices, values, doubtful, tile):
+def _lane_parallel(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, tile):
     rows = signals.shape[0]
     for t in prange((rows + tile - 1) // tile):
-        _lane_rows(rule, signals, atoms, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0060
+# %% ../nbs/01_kernels.ipynb #0061
 @_jit
 def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible):
     "Take atom k as number n of signal b; returns what is left of it outside the support, and takes nothing if that is no more than `eligible`."
@@ -588,7 +590,7 @@ def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligibl
     triangle[b, n, n], along[b, n] = length, dot
     return norm2
 
-# %% ../nbs/01_kernels.ipynb #0061
+# %% ../nbs/01_kernels.ipynb #0062
 @_jit
 def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, lo, hi):
     "Pick atom number n of rows lo..hi. OMP and MP may score in place of the correlations."
@@ -623,7 +625,7 @@ def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, n
             score_row[k] = real(0)
             top = _peak(K, score_row)
 
-# %% ../nbs/01_kernels.ipynb #0062
+# %% ../nbs/01_kernels.ipynb #0063
 @_jit
 def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices, lo, hi):
     "Rebuild the state of rows lo..hi from their first n atoms."
@@ -631,7 +633,7 @@ def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices,
         for j in range(n):
             if indices[b, j] >= 0: _accept(rule, b, j, indices[b, j], dictionary, residual, basis, triangle, along, -1.0)
 
-# %% ../nbs/01_kernels.ipynb #0063
+# %% ../nbs/01_kernels.ipynb #0064
 @_jit
 def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
     "Coefficients of rows lo..hi from their projections on the basis, by back substitution."
@@ -646,7 +648,7 @@ def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
             values[b, i] = along[b, i] / scale[b]
         for i in range(n, S): values[b, i] = 0
 
-# %% ../nbs/01_kernels.ipynb #0064
+# %% ../nbs/01_kernels.ipynb #0065
 @_parallel_jit
 def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, tile):
     rows = correlations.shape[0]
@@ -654,12 +656,12 @@ def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limi
         _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky,
                    indices, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0066
+# %% ../nbs/01_kernels.ipynb #0067
 _pool = threading.Lock()
 _forked = threading.Event()
 os.register_at_fork(after_in_child=_forked.set)
 
-# %% ../nbs/01_kernels.ipynb #0067
+# %% ../nbs/01_kernels.ipynb #0068
 def _run(parallel, kernel, rows, *args, tile=64):
     "Call the parallel build with torch's number of threads if the pool is free, else the kernel itself on all rows."
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
@@ -673,7 +675,7 @@ def _run(parallel, kernel, rows, *args, tile=64):
     finally:
         _pool.release()
 
-# %% ../nbs/01_kernels.ipynb #0069
+# %% ../nbs/01_kernels.ipynb #0070
 class _Chunk:
     "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also what is left of the atoms."
     def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol):
@@ -715,7 +717,7 @@ class _Chunk:
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
 
-# %% ../nbs/01_kernels.ipynb #0070
+# %% ../nbs/01_kernels.ipynb #0071
 def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=2**26):
     "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory."
     (B, M), (S, K) = signals.shape, (indices.shape[1], dictionary.shape[1])
@@ -743,12 +745,12 @@ def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtf
         picked = indices[:, s]
         usage += torch.bincount(picked[picked >= 0], minlength=K)
 
-# %% ../nbs/01_kernels.ipynb #0072
+# %% ../nbs/01_kernels.ipynb #0073
 def _chunk_rows(K):
     "Rows of K correlations that make a chunk: at least 1,024, else 2 MB."
     return max(1024, 2**19 // K)
 
-# %% ../nbs/01_kernels.ipynb #0073
+# %% ../nbs/01_kernels.ipynb #0074
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
     B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
@@ -761,16 +763,17 @@ def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
         _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
-# %% ../nbs/01_kernels.ipynb #0074
+# %% ../nbs/01_kernels.ipynb #0075
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     "Pad to a multiple of four dimensions and an even number of atoms, and run 64 signals at a time."
     M, K = dictionary.shape
     atoms = torch.zeros(K + K % 2 + 1, -(-M // 4) * 4, dtype=torch.float64)
     atoms[:K, :M] = dictionary.T
     arrays = [t.numpy() for t in (indices, values, doubtful)]
-    _run(_lane_parallel, _lane_rows, len(signals), rule, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
+    recursive, wide = (True if rule == 1 else None), (True if M > 4 else None)
+    _run(_lane_parallel, _lane_rows, len(signals), recursive, wide, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
 
-# %% ../nbs/01_kernels.ipynb #0076
+# %% ../nbs/01_kernels.ipynb #0077
 def _code(signals, dictionary, rule, tol, indices, values):
     "Codes without diversity, in the precision of the dictionary; doubtful signals again, in float64."
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
@@ -789,7 +792,7 @@ def _code(signals, dictionary, rule, tol, indices, values):
             _code(signals[again], dictionary.double(), rule, tol, k, v)
         indices[again], values[again] = k, v
 
-# %% ../nbs/01_kernels.ipynb #0077
+# %% ../nbs/01_kernels.ipynb #0078
 def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
     B, rule = len(signals), ("omp", "ormp", "mp").index(method)
@@ -798,18 +801,18 @@ def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
     elif B: _code(signals, dictionary, rule, tol, indices, values)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0079
+# %% ../nbs/01_kernels.ipynb #0080
 @torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
 def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
     return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
 
-# %% ../nbs/01_kernels.ipynb #0080
+# %% ../nbs/01_kernels.ipynb #0081
 @_pursuit_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, diversity):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0081
+# %% ../nbs/01_kernels.ipynb #0082
 def omp_numba(
     signals: Tensor,  # [B, M], float32 or float64, on the CPU
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"
@@ -823,7 +826,7 @@ def omp_numba(
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     return torch.ops.laser.pursuit_cpu(signals, dictionary, int(sparsity), method, float(tol), float(diversity))
 
-# %% ../nbs/01_kernels.ipynb #0085
+# %% ../nbs/01_kernels.ipynb #0086
 def count_differences(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
@@ -839,7 +842,7 @@ def count_differences(
         counts.append(compare_supports(x, dictionary, reference, ours, method, eligible_norm(dtype)))
     return tuple(map(sum, zip(*counts)))
 
-# %% ../nbs/01_kernels.ipynb #0115
+# %% ../nbs/01_kernels.ipynb #0116
 @intrinsic
 def _ordered(typingctx, x):
     "The bits of x as an integer that orders as x does."
@@ -850,7 +853,7 @@ def _ordered(typingctx, x):
         return builder.xor(bits, builder.and_(sign, ir.Constant(word, 2 ** (x.bitwidth - 1) - 1)))
     return (types.int32 if x.bitwidth == 32 else types.int64)(x), build
 
-# %% ../nbs/01_kernels.ipynb #0116
+# %% ../nbs/01_kernels.ipynb #0117
 @_jit
 def _nearest(K, c, half):
     "First argmax of c - half."
@@ -861,40 +864,41 @@ def _nearest(K, c, half):
         first = min(first, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
     return np.int64(first)
 
-# %% ../nbs/01_kernels.ipynb #0117
+# %% ../nbs/01_kernels.ipynb #0118
 @_jit
 def _nearest_rows(correlations, half, nearest, lo, hi):
     K = correlations.shape[1]
     for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
 
-# %% ../nbs/01_kernels.ipynb #0118
+# %% ../nbs/01_kernels.ipynb #0119
 @_parallel_jit
 def _nearest_parallel(correlations, half, nearest, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _nearest_rows(correlations, half, nearest, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0119
+# %% ../nbs/01_kernels.ipynb #0120
 @torch.library.custom_op("laser::nearest_entry", mutates_args=())
 def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     K, on_cpu = len(codebook), z.device.type == "cpu"
     z, entries, half = z.contiguous(), codebook.T.contiguous(), codebook.square().sum(1) / 2
     nearest = torch.empty(len(z), dtype=torch.int64, device=z.device)
     rows = _chunk_rows(K) if on_cpu else max(1024, 2**24 // K)
+    buffer = z.new_empty(min(rows, len(z)), K) if on_cpu else None
     for i in range(0, len(z), rows):
         if on_cpu:
-            c = z[i:i + rows] @ entries
+            c = torch.mm(z[i:i + rows], entries, out=buffer[:len(z) - i])
             _run(_nearest_parallel, _nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
         else:
             nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
-# %% ../nbs/01_kernels.ipynb #0120
+# %% ../nbs/01_kernels.ipynb #0121
 @_nearest_op.register_fake
 def _(z, codebook):
     return z.new_empty(z.shape[0], dtype=torch.int64)
 
-# %% ../nbs/01_kernels.ipynb #0121
+# %% ../nbs/01_kernels.ipynb #0122
 def nearest_entry(
     z: Tensor,  # [B, M], any float dtype
     codebook: Tensor,  # [K, M], entries in rows
@@ -903,7 +907,7 @@ def nearest_entry(
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.ops.laser.nearest_entry(z.detach().to(dtype), codebook.detach().to(dtype))
 
-# %% ../nbs/01_kernels.ipynb #0129
+# %% ../nbs/01_kernels.ipynb #0130
 @functools.cache
 def _fused_kernel():
     "The Triton kernel for K that fits on chip."
@@ -978,7 +982,7 @@ def _fused_kernel():
 
     return triton.jit(fused)
 
-# %% ../nbs/01_kernels.ipynb #0131
+# %% ../nbs/01_kernels.ipynb #0132
 @functools.cache
 def _streaming_kernel():
     "The Triton kernel for large K: a running argmax over tiles of the dictionary."
@@ -1066,11 +1070,11 @@ def _streaming_kernel():
 
     return triton.jit(streaming)
 
-# %% ../nbs/01_kernels.ipynb #0132
+# %% ../nbs/01_kernels.ipynb #0133
 def _power_of_two(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
-# %% ../nbs/01_kernels.ipynb #0133
+# %% ../nbs/01_kernels.ipynb #0134
 def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream):
     "Launch one of the two kernels. No synchronisation with the host; float32 whatever torch's TF32 switch says."
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
@@ -1094,23 +1098,23 @@ def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream):
                                        rows, 16, _power_of_two(K, 16), S, num_warps=4 if K <= 512 else 8 if K <= 1024 else 16)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0134
+# %% ../nbs/01_kernels.ipynb #0135
 def _gram_float32(dictionary):
     "Gram matrix in true float32: accumulated in float64, so that no TF32 switch touches it."
     return (dictionary.double().T @ dictionary.double()).float()
 
-# %% ../nbs/01_kernels.ipynb #0135
+# %% ../nbs/01_kernels.ipynb #0136
 @torch.library.custom_op("laser::pursuit_triton", mutates_args=())
 def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool) -> tuple[Tensor, Tensor]:
     return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream)
 
-# %% ../nbs/01_kernels.ipynb #0136
+# %% ../nbs/01_kernels.ipynb #0137
 @_pursuit_triton_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, stream):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0137
+# %% ../nbs/01_kernels.ipynb #0138
 def omp_triton(
     signals: Tensor,  # [B, M] float32 on CUDA; on the CPU only under TRITON_INTERPRET=1, for tests
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"
