@@ -702,7 +702,7 @@ def benchmark_job_class():
   laser_benchmark                                           every size, every package that is installed
   laser_benchmark rounds=9 peers=none
   laser_benchmark cases=64x512x5 signals=100000
-  laser_benchmark model=outputs/train/run/checkpoints/best  also what that DL-VAE codes"""
+  laser_benchmark model=outputs/train/DATE_TIME             also what that DL-VAE codes"""
 
     @dataclass
     class BenchmarkJob:
@@ -712,7 +712,7 @@ def benchmark_job_class():
         cases: str = "all"              # all, or sizes MxKxS
         peers: str = "all"              # all, none, or names of packages
         source: str = "auto"            # where real signals come from: auto, celeba, sample or a folder
-        model: Optional[str] = None     # folder of a trained DL-VAE: its latents and dictionary too
+        model: Optional[str] = None     # a run or checkpoint of a DL-VAE: its latents and dictionary too
         seed: int = 0                   # of the choice of signals and entries
         output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))

@@ -93,6 +93,8 @@ def test_reconstruct_writes_pictures_maps_and_a_sheet(job, tmp_path):
     ("laser_train", ["hydra.run.dir=/dev/null/x"], ["cannot write to /dev/null/x", "set hydra.run.dir=FOLDER"]),
     ("laser_evaluate", ["nowhere"], ["nowhere does not exist"]),
     ("laser_reconstruct", [], ["name a checkpoint and at least one picture"]),
+    ("laser_benchmark", ["cases=3x16"], ["3x16x4"]),
+    ("laser_benchmark", ["source=sample", "peers=none", "model=nowhere"], ["nowhere does not exist"]),
 ])
 def test_mistakes_get_one_clear_message(command, words, texts, tmp_path):
     result = run(command, *words, cwd=tmp_path)
