@@ -168,6 +168,7 @@ class _Limits(NamedTuple):
     noise: float     # a correlation up to this is the arithmetic's rounding
     eligible: float  # what is left of a usable atom, squared
     risky: float     # flag an atom of which less is left
+    bonus: float     # ORMP multiplies the score of a risky atom by this, so that it is not overlooked
     blur: float      # flag a residual as close to tol as this, squared
     lowest: float    # flag a signal of less energy
     highest: float   # or of more
@@ -177,7 +178,7 @@ def _limits(signals, arithmetic):
     "The limits for signals of one precision, computed in another."
     noise, single = correlation_floor(arithmetic), arithmetic == torch.float32
     eligible, scale = eligible_norm(signals), (1e-24, 1e36) if single else (1e-200, 1e200)
-    return _Limits(correlation_floor(signals), noise, eligible, 0.01 if single else 1e-6, 8 * noise, *scale)
+    return _Limits(correlation_floor(signals), noise, eligible, 0.01 if single else 1e-6, 1.5, 8 * noise, *scale)
 
 # %% ../nbs/01_kernels.ipynb #0032
 @_jit
@@ -225,7 +226,7 @@ def _first_scores(K, c, score, reciprocal):
 
 # %% ../nbs/01_kernels.ipynb #0035
 @_jit
-def _second_scores(K, c, diagonal, left, score, row, weight, along, gone):
+def _second_scores(K, c, diagonal, left, score, row, weight, along, gone, risky, bonus):
     "As `_next_scores`, for the first direction: what is left of an atom was all of it."
     _restrict()
     top = _magnitude(gone - gone)
@@ -236,6 +237,7 @@ def _second_scores(K, c, diagonal, left, score, row, weight, along, gone):
         c[i] = r
         left[i] = u
         s = r * r / u
+        s = s if u > risky else bonus * s
         s = s if u > gone else gone - gone
         score[i] = s
         top = max(top, _magnitude(s))
@@ -243,8 +245,8 @@ def _second_scores(K, c, diagonal, left, score, row, weight, along, gone):
 
 # %% ../nbs/01_kernels.ipynb #0036
 @_jit
-def _next_scores(K, c, left, score, rows, weights, along, gone):
-    "Move along the direction w that the rows add up to; an atom of which no more than `gone` is left scores zero."
+def _next_scores(K, c, left, score, rows, weights, along, gone, risky, bonus):
+    "Move along the direction w that the rows add up to. Of which no more than `gone` is left scores zero, than `risky` gets a bonus."
     _restrict()
     top = _magnitude(gone - gone)
     for i in range(K):
@@ -254,6 +256,7 @@ def _next_scores(K, c, left, score, rows, weights, along, gone):
         c[i] = r
         left[i] = u
         s = r * r / u
+        s = s if u > risky else bonus * s
         s = s if u > gone else gone - gone
         score[i] = s
         top = max(top, _magnitude(s))
@@ -261,18 +264,18 @@ def _next_scores(K, c, left, score, rows, weights, along, gone):
 
 # %% ../nbs/01_kernels.ipynb #0037
 @_jit
-def _move(K, c, diagonal, left, score, w, g, k, a, n, along, gone):
+def _move(K, c, diagonal, left, score, w, g, k, a, n, along, gone, risky, bonus):
     "Take direction number n - 1, with weights a[:n] on the rows k[:n] of g, out of c and left, and score. The signs of a may be turned."
-    if n == 1: return _second_scores(K, c, diagonal, left, score, _at(g, k[0] * K), a[0], along, gone)
-    if n == 2: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone)
-    if n == 3: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone)
+    if n == 1: return _second_scores(K, c, diagonal, left, score, _at(g, k[0] * K), a[0], along, gone, risky, bonus)
+    if n == 2: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone, risky, bonus)
+    if n == 3: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone, risky, bonus)
     m, one = n - 4, gone / gone
     g0, g1, g2, g3 = _at(g, k[m] * K), _at(g, k[m + 1] * K), _at(g, k[m + 2] * K), _at(g, k[m + 3] * K)
-    if m == 0: return _next_scores(K, c, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone)
+    if m == 0: return _next_scores(K, c, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone, risky, bonus)
     for i in range(K): w[i] = gone - gone
     for j in range(m): a[j] = -a[j]
     _subtract(K, w, g, k, a, m)
-    return _next_scores(K, c, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone)
+    return _next_scores(K, c, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone, risky, bonus)
 
 # %% ../nbs/01_kernels.ipynb #0039
 @_jit
@@ -305,7 +308,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
             doubt = outside < limits.risky * diagonal[k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
             if n < S and not doubt:
                 for j in range(n): step[j] = inverse[(n - 1) * S + j]
-                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible))
+                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible), real(limits.risky), real(limits.bonus))
         doubtful[b] = doubt
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
