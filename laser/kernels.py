@@ -226,14 +226,16 @@ def _first_scores(K, c, score, reciprocal):
 
 # %% ../nbs/01_kernels.ipynb #0035
 @_jit
-def _second_scores(K, c, diagonal, left, score, row, weight, along, gone, risky, bonus):
-    "As `_next_scores`, for the first direction: what is left of an atom was all of it."
+def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky, bonus):
+    """Move along the direction w that the rows add up to, and return the peak of the scores.
+    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score gets a bonus.
+    whole: squared norms of the atoms, if w is the first direction, else None."""
     _restrict()
     top = _magnitude(gone - gone)
     for i in range(K):
-        w = weight * row[i]
+        w = _mix(rows, weights, i)
         r = c[i] - along * w
-        u = diagonal[i] - w * w
+        u = (left[i] if whole is None else whole[i]) - w * w
         c[i] = r
         left[i] = u
         s = r * r / u
@@ -245,39 +247,20 @@ def _second_scores(K, c, diagonal, left, score, row, weight, along, gone, risky,
 
 # %% ../nbs/01_kernels.ipynb #0036
 @_jit
-def _next_scores(K, c, left, score, rows, weights, along, gone, risky, bonus):
-    "Move along the direction w that the rows add up to. Of which no more than `gone` is left scores zero, than `risky` gets a bonus."
-    _restrict()
-    top = _magnitude(gone - gone)
-    for i in range(K):
-        w = _mix(rows, weights, i)
-        r = c[i] - along * w
-        u = left[i] - w * w
-        c[i] = r
-        left[i] = u
-        s = r * r / u
-        s = s if u > risky else bonus * s
-        s = s if u > gone else gone - gone
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
-# %% ../nbs/01_kernels.ipynb #0037
-@_jit
 def _move(K, c, diagonal, left, score, w, g, k, a, n, along, gone, risky, bonus):
     "Take direction number n - 1, with weights a[:n] on the rows k[:n] of g, out of c and left, and score. The signs of a may be turned."
-    if n == 1: return _second_scores(K, c, diagonal, left, score, _at(g, k[0] * K), a[0], along, gone, risky, bonus)
-    if n == 2: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone, risky, bonus)
-    if n == 3: return _next_scores(K, c, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone, risky, bonus)
+    if n == 1: return _next_scores(K, c, diagonal, left, score, (_at(g, k[0] * K),), (a[0],), along, gone, risky, bonus)
+    if n == 2: return _next_scores(K, c, None, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone, risky, bonus)
+    if n == 3: return _next_scores(K, c, None, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone, risky, bonus)
     m, one = n - 4, gone / gone
     g0, g1, g2, g3 = _at(g, k[m] * K), _at(g, k[m + 1] * K), _at(g, k[m + 2] * K), _at(g, k[m + 3] * K)
-    if m == 0: return _next_scores(K, c, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone, risky, bonus)
+    if m == 0: return _next_scores(K, c, None, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone, risky, bonus)
     for i in range(K): w[i] = gone - gone
     for j in range(m): a[j] = -a[j]
     _subtract(K, w, g, k, a, m)
-    return _next_scores(K, c, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone, risky, bonus)
+    return _next_scores(K, c, None, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone, risky, bonus)
 
-# %% ../nbs/01_kernels.ipynb #0039
+# %% ../nbs/01_kernels.ipynb #0038
 @_jit
 def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "ORMP of rows lo..hi. The correlations are used up."
@@ -314,7 +297,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
             indices[b, j] = support[j] if j < n else -1
             values[b, j] = coefficient[j] if j < n else 0
 
-# %% ../nbs/01_kernels.ipynb #0041
+# %% ../nbs/01_kernels.ipynb #0040
 @_jit
 def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "Plain matching pursuit of rows lo..hi, each atom at most once. The correlations are used up."
@@ -343,31 +326,31 @@ def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful
         doubtful[b] = doubt
         for j in range(n, S): indices[b, j], values[b, j] = -1, 0
 
-# %% ../nbs/01_kernels.ipynb #0043
+# %% ../nbs/01_kernels.ipynb #0042
 @_parallel_jit
 def _omp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0044
+# %% ../nbs/01_kernels.ipynb #0043
 @_parallel_jit
 def _ormp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0045
+# %% ../nbs/01_kernels.ipynb #0044
 @_parallel_jit
 def _mp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0047
+# %% ../nbs/01_kernels.ipynb #0046
 _LANES = 64
 
-# %% ../nbs/01_kernels.ipynb #0048
+# %% ../nbs/01_kernels.ipynb #0047
 @_jit
 def _lane_dots(first, out, r, d0, d1, d2, d3):
     "out (+)= d0 r[0] + d1 r[1] + d2 r[2] + d3 r[3] in every lane."
@@ -377,14 +360,14 @@ def _lane_dots(first, out, r, d0, d1, d2, d3):
     else:
         for l in range(L): out[l] += (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
 
-# %% ../nbs/01_kernels.ipynb #0049
+# %% ../nbs/01_kernels.ipynb #0048
 @_jit
 def _lane_correlation(M, out, r, d):
     "out = <d, r> in every lane, M a multiple of 4."
     for m in range(0, M, 4):
         _lane_dots(m == 0, out, _at(r, m * _LANES), d[m], d[m + 1], d[m + 2], d[m + 3])
 
-# %% ../nbs/01_kernels.ipynb #0050
+# %% ../nbs/01_kernels.ipynb #0049
 @_jit
 def _lane_best_two(r, c, d, e, k, best, pick):
     "Where atom k (tail d) or k + 1 (tail e) has the larger |correlation|, take it. c: products over earlier dimensions, None if there are none."
@@ -401,7 +384,7 @@ def _lane_best_two(r, c, d, e, k, best, pick):
         pick[l] = k + 1 if b > top else p
         best[l] = b if b > top else top
 
-# %% ../nbs/01_kernels.ipynb #0052
+# %% ../nbs/01_kernels.ipynb #0051
 @_jit
 def _lane_best_fractions(r, c, q, p, d, e, whole, gone, k, left, num, den, pick):
     """Where atom k (tail d) or k + 1 (tail e) has the larger correlation^2 / left, take it; the best so far is num / den.
@@ -429,7 +412,7 @@ def _lane_best_fractions(r, c, q, p, d, e, whole, gone, k, left, num, den, pick)
         better = b * under > top * v
         num[l], den[l], pick[l] = (b if better else top), (v if better else under), (k + 1 if better else best)
 
-# %% ../nbs/01_kernels.ipynb #0054
+# %% ../nbs/01_kernels.ipynb #0053
 @_jit
 def _lane_select(recursive, wide, n, M, K, atoms, norms, r, q, limit, left, gone, work, pick):
     "The best atom of every lane, -1 where none exceeds the limit. q: direction number n - 1, to be taken out of `left`."
@@ -459,7 +442,7 @@ def _lane_select(recursive, wide, n, M, K, atoms, norms, r, q, limit, left, gone
                 if n == 1: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, whole, gone, k, u, best, den, pick)
                 else: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, None, gone, k, u, best, den, pick)
 
-# %% ../nbs/01_kernels.ipynb #0055
+# %% ../nbs/01_kernels.ipynb #0054
 @_jit
 def _lane_dot(M, out, a, b):
     "out = <a, b> in every lane."
@@ -468,7 +451,7 @@ def _lane_dot(M, out, a, b):
     for m in range(1, M):
         for l in range(L): out[l] += a[m * L + l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0056
+# %% ../nbs/01_kernels.ipynb #0055
 @_jit
 def _lane_remove(M, a, dot, b):
     "a -= dot * b in every lane."
@@ -476,7 +459,7 @@ def _lane_remove(M, a, dot, b):
     for m in range(M):
         for l in range(L): a[m * L + l] -= dot[l] * b[m * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0057
+# %% ../nbs/01_kernels.ipynb #0056
 @_jit
 def _lane_orthogonalise(M, S, n, basis, triangle, dot):
     "Vector n of the basis minus its projections on vectors 0..n-1, twice; the coefficients go into column n of the triangle."
@@ -489,7 +472,7 @@ def _lane_orthogonalise(M, S, n, basis, triangle, dot):
             _lane_remove(M, q, dot, _at(basis, j * M * L))
             for l in range(L): t[l] = dot[l] if twice == 0 else t[l] + dot[l]
 
-# %% ../nbs/01_kernels.ipynb #0058
+# %% ../nbs/01_kernels.ipynb #0057
 @_jit
 def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
     "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
@@ -551,14 +534,14 @@ def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, do
         for n in range(S):
             for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0059
+# %% ../nbs/01_kernels.ipynb #0058
 @_parallel_jit
 def _lane_parallel(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, tile):
     rows = signals.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0061
+# %% ../nbs/01_kernels.ipynb #0060
 @_jit
 def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible):
     "Take atom k as number n of signal b; returns what is left of it outside the support, and takes nothing if that is no more than `eligible`."
@@ -593,7 +576,7 @@ def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligibl
     triangle[b, n, n], along[b, n] = length, dot
     return norm2
 
-# %% ../nbs/01_kernels.ipynb #0062
+# %% ../nbs/01_kernels.ipynb #0061
 @_jit
 def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, lo, hi):
     "Pick atom number n of rows lo..hi. OMP and MP may score in place of the correlations."
@@ -628,7 +611,7 @@ def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, n
             score_row[k] = real(0)
             top = _peak(K, score_row)
 
-# %% ../nbs/01_kernels.ipynb #0063
+# %% ../nbs/01_kernels.ipynb #0062
 @_jit
 def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices, lo, hi):
     "Rebuild the state of rows lo..hi from their first n atoms."
@@ -636,7 +619,7 @@ def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices,
         for j in range(n):
             if indices[b, j] >= 0: _accept(rule, b, j, indices[b, j], dictionary, residual, basis, triangle, along, -1.0)
 
-# %% ../nbs/01_kernels.ipynb #0064
+# %% ../nbs/01_kernels.ipynb #0063
 @_jit
 def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
     "Coefficients of rows lo..hi from their projections on the basis, by back substitution."
@@ -651,7 +634,7 @@ def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
             values[b, i] = along[b, i] / scale[b]
         for i in range(n, S): values[b, i] = 0
 
-# %% ../nbs/01_kernels.ipynb #0065
+# %% ../nbs/01_kernels.ipynb #0064
 @_parallel_jit
 def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, tile):
     rows = correlations.shape[0]
@@ -659,12 +642,12 @@ def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limi
         _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky,
                    indices, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0067
+# %% ../nbs/01_kernels.ipynb #0066
 _pool = threading.Lock()
 _forked = threading.Event()
 os.register_at_fork(after_in_child=_forked.set)
 
-# %% ../nbs/01_kernels.ipynb #0068
+# %% ../nbs/01_kernels.ipynb #0067
 def _run(parallel, kernel, rows, *args, tile=64):
     "Call the parallel build with torch's number of threads if the pool is free, else the kernel itself on all rows."
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
@@ -678,7 +661,7 @@ def _run(parallel, kernel, rows, *args, tile=64):
     finally:
         _pool.release()
 
-# %% ../nbs/01_kernels.ipynb #0070
+# %% ../nbs/01_kernels.ipynb #0069
 class _Chunk:
     "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also what is left of the atoms."
     def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol):
@@ -720,7 +703,7 @@ class _Chunk:
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
 
-# %% ../nbs/01_kernels.ipynb #0071
+# %% ../nbs/01_kernels.ipynb #0070
 def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=2**26):
     "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory."
     (B, M), (S, K) = signals.shape, (indices.shape[1], dictionary.shape[1])
@@ -748,14 +731,14 @@ def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtf
         picked = indices[:, s]
         usage += torch.bincount(picked[picked >= 0], minlength=K)
 
-# %% ../nbs/01_kernels.ipynb #0073
+# %% ../nbs/01_kernels.ipynb #0072
 def chunk_rows(
     K: int,  # atoms
 ) -> int:  # signals
     "How many rows of K correlations make a chunk on the CPU: 2 MB of them, and at least 1,024."
     return max(1024, 2**19 // K)
 
-# %% ../nbs/01_kernels.ipynb #0074
+# %% ../nbs/01_kernels.ipynb #0073
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
     B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
@@ -768,7 +751,7 @@ def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
         _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
-# %% ../nbs/01_kernels.ipynb #0075
+# %% ../nbs/01_kernels.ipynb #0074
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     "Pad to a multiple of four dimensions and an even number of atoms, and run 64 signals at a time."
     M, K = dictionary.shape
@@ -778,7 +761,7 @@ def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     recursive, wide = (True if rule == 1 else None), (True if M > 4 else None)
     _run(_lane_parallel, _lane_rows, len(signals), recursive, wide, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
 
-# %% ../nbs/01_kernels.ipynb #0077
+# %% ../nbs/01_kernels.ipynb #0076
 def _code(signals, dictionary, rule, tol, indices, values):
     "Codes without diversity, in the precision of the dictionary; doubtful signals again, in float64."
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
@@ -797,7 +780,7 @@ def _code(signals, dictionary, rule, tol, indices, values):
             _code(signals[again], dictionary.double(), rule, tol, k, v)
         indices[again], values[again] = k, v
 
-# %% ../nbs/01_kernels.ipynb #0078
+# %% ../nbs/01_kernels.ipynb #0077
 def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
     B, rule = len(signals), ("omp", "ormp", "mp").index(method)
@@ -806,18 +789,18 @@ def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
     elif B: _code(signals, dictionary, rule, tol, indices, values)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0083
+# %% ../nbs/01_kernels.ipynb #0082
 @torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
 def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
     return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
 
-# %% ../nbs/01_kernels.ipynb #0084
+# %% ../nbs/01_kernels.ipynb #0083
 @_pursuit_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, diversity):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0085
+# %% ../nbs/01_kernels.ipynb #0084
 def omp_numba(
     signals: Tensor,  # [B, M], float32 or float64, on the CPU
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"
@@ -831,7 +814,7 @@ def omp_numba(
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     return torch.ops.laser.pursuit_cpu(signals, dictionary, int(sparsity), method, float(tol), float(diversity))
 
-# %% ../nbs/01_kernels.ipynb #0089
+# %% ../nbs/01_kernels.ipynb #0088
 def count_differences(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
@@ -847,7 +830,7 @@ def count_differences(
         counts.append(compare_supports(x, dictionary, reference, ours, method, eligible_norm(dtype)))
     return tuple(map(sum, zip(*counts)))
 
-# %% ../nbs/01_kernels.ipynb #0121
+# %% ../nbs/01_kernels.ipynb #0120
 @intrinsic
 def _ordered(typingctx, x):
     "The bits of x as an integer that orders as x does."
@@ -858,7 +841,7 @@ def _ordered(typingctx, x):
         return builder.xor(bits, builder.and_(sign, ir.Constant(word, 2 ** (x.bitwidth - 1) - 1)))
     return (types.int32 if x.bitwidth == 32 else types.int64)(x), build
 
-# %% ../nbs/01_kernels.ipynb #0122
+# %% ../nbs/01_kernels.ipynb #0121
 @_jit
 def _nearest(K, c, half):
     "First argmax of c - half."
@@ -869,20 +852,20 @@ def _nearest(K, c, half):
         first = min(first, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
     return np.int64(first)
 
-# %% ../nbs/01_kernels.ipynb #0123
+# %% ../nbs/01_kernels.ipynb #0122
 @_jit
 def _nearest_rows(correlations, half, nearest, lo, hi):
     K = correlations.shape[1]
     for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
 
-# %% ../nbs/01_kernels.ipynb #0124
+# %% ../nbs/01_kernels.ipynb #0123
 @_parallel_jit
 def _nearest_parallel(correlations, half, nearest, tile):
     rows = correlations.shape[0]
     for t in prange((rows + tile - 1) // tile):
         _nearest_rows(correlations, half, nearest, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
-# %% ../nbs/01_kernels.ipynb #0125
+# %% ../nbs/01_kernels.ipynb #0124
 @torch.library.custom_op("laser::nearest_entry", mutates_args=())
 def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     K, on_cpu = len(codebook), z.device.type == "cpu"
@@ -898,12 +881,12 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
             nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
-# %% ../nbs/01_kernels.ipynb #0126
+# %% ../nbs/01_kernels.ipynb #0125
 @_nearest_op.register_fake
 def _(z, codebook):
     return z.new_empty(z.shape[0], dtype=torch.int64)
 
-# %% ../nbs/01_kernels.ipynb #0127
+# %% ../nbs/01_kernels.ipynb #0126
 def nearest_entry(
     z: Tensor,  # [B, M], any float dtype
     codebook: Tensor,  # [K, M], entries in rows
@@ -912,7 +895,7 @@ def nearest_entry(
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.ops.laser.nearest_entry(z.detach().to(dtype), codebook.detach().to(dtype))
 
-# %% ../nbs/01_kernels.ipynb #0135
+# %% ../nbs/01_kernels.ipynb #0134
 @functools.cache
 def _fused_kernel():
     "The Triton kernel for K that fits on chip."
@@ -987,7 +970,7 @@ def _fused_kernel():
 
     return triton.jit(fused)
 
-# %% ../nbs/01_kernels.ipynb #0137
+# %% ../nbs/01_kernels.ipynb #0136
 @functools.cache
 def _streaming_kernel():
     "The Triton kernel for large K: a running argmax over tiles of the dictionary."
@@ -1075,11 +1058,11 @@ def _streaming_kernel():
 
     return triton.jit(streaming)
 
-# %% ../nbs/01_kernels.ipynb #0138
+# %% ../nbs/01_kernels.ipynb #0137
 def _power_of_two(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
-# %% ../nbs/01_kernels.ipynb #0139
+# %% ../nbs/01_kernels.ipynb #0138
 def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32):
     "Launch one of the two kernels. No synchronisation with the host; TF32 only by `tf32`, whatever torch's own switch says."
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
@@ -1103,23 +1086,23 @@ def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32):
                                        rows, 16, _power_of_two(K, 16), S, num_warps=4 if K <= 512 else 8 if K <= 1024 else 16)
     return indices, values
 
-# %% ../nbs/01_kernels.ipynb #0140
+# %% ../nbs/01_kernels.ipynb #0139
 def _gram_float32(dictionary):
     "Gram matrix in true float32: accumulated in float64, so that no TF32 switch touches it."
     return (dictionary.double().T @ dictionary.double()).float()
 
-# %% ../nbs/01_kernels.ipynb #0141
+# %% ../nbs/01_kernels.ipynb #0140
 @torch.library.custom_op("laser::pursuit_triton", mutates_args=())
 def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
 
-# %% ../nbs/01_kernels.ipynb #0142
+# %% ../nbs/01_kernels.ipynb #0141
 @_pursuit_triton_op.register_fake
 def _(signals, dictionary, sparsity, method, tol, stream, tf32):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
 
-# %% ../nbs/01_kernels.ipynb #0143
+# %% ../nbs/01_kernels.ipynb #0142
 def omp_triton(
     signals: Tensor,  # [B, M] float32 on CUDA; on the CPU only under TRITON_INTERPRET=1, for tests
     dictionary: Tensor,  # [M, K], atoms in columns; unit norm unless method is "mp"
