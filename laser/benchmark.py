@@ -130,11 +130,12 @@ def vq_torch(
 def product_only(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
-) -> None:
+) -> Tensor:  # [rows of a chunk, K], where the last chunk is left
     "All correlations, in the chunks of `laser.kernels`, into one buffer, and nothing done with them."
     rows = chunk_rows(dictionary.shape[1])
     buffer = signals.new_empty(min(rows, len(signals)), dictionary.shape[1])
     for x in signals.split(rows): torch.mm(x, dictionary, out=buffer[:len(x)])
+    return buffer
 
 # %% ../nbs/11_benchmark.ipynb #0026
 PEERS = {"SPAMS": ("spams", "spams-bin"), "scikit-learn": ("sklearn", "scikit-learn"),
