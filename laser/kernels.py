@@ -60,6 +60,23 @@ def _restrict(typingctx):
         return context.get_dummy_value()
     return types.void(), build
 
+# %% ../nbs/01_kernels.ipynb #f30381e6
+@intrinsic(prefer_literal=True)
+def _first(typingctx, numbers, count):
+    "numbers[0], ..., numbers[count - 1] as a tuple."
+    def build(context, builder, signature, args):
+        return context.make_tuple(builder, signature.return_type, [builder.load(builder.gep(args[0], [ir.Constant(ir.IntType(64), j)])) for j in range(count.literal_value)])
+    return types.UniTuple(numbers.dtype, count.literal_value)(numbers, count), build
+
+# %% ../nbs/01_kernels.ipynb #a0214035
+@intrinsic(prefer_literal=True)
+def _gather(typingctx, matrix, K, which, count):
+    "Addresses of rows which[0], ..., which[count - 1] of a matrix with K columns, as a tuple."
+    def build(context, builder, signature, args):
+        places = [builder.load(builder.gep(args[2], [ir.Constant(ir.IntType(64), j)])) for j in range(count.literal_value)]
+        return context.make_tuple(builder, signature.return_type, [builder.gep(args[0], [builder.mul(place, args[1])]) for place in places])
+    return types.UniTuple(matrix, count.literal_value)(matrix, types.intp, which, count), build
+
 # %% ../nbs/01_kernels.ipynb #0016
 @_jit
 def _peak(K, c):
@@ -102,26 +119,32 @@ def _subtract_rows(K, c, rows, weights):
 @_jit
 def _subtract(K, c, g, k, a, n):
     "c -= sum over j < n of a[j] * row k[j] of g, four rows a pass; returns the new peak of c."
-    j = 0
-    while n - j > 4:
-        _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K)), (a[j], a[j + 1], a[j + 2], a[j + 3]))
-        j += 4
-    if n - j == 1: return _subtract_rows(K, c, (_at(g, k[j] * K),), (a[j],))
-    if n - j == 2: return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K)), (a[j], a[j + 1]))
-    if n - j == 3: return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K)), (a[j], a[j + 1], a[j + 2]))
-    return _subtract_rows(K, c, (_at(g, k[j] * K), _at(g, k[j + 1] * K), _at(g, k[j + 2] * K), _at(g, k[j + 3] * K)), (a[j], a[j + 1], a[j + 2], a[j + 3]))
+    while n > 4:
+        _subtract_rows(K, c, _gather(g, K, k, 4), _first(a, 4))
+        k, a, n = _at(k, 4), _at(a, 4), n - 4
+    if n == 1: return _subtract_rows(K, c, _gather(g, K, k, 1), _first(a, 1))
+    if n == 2: return _subtract_rows(K, c, _gather(g, K, k, 2), _first(a, 2))
+    if n == 3: return _subtract_rows(K, c, _gather(g, K, k, 3), _first(a, 3))
+    return _subtract_rows(K, c, _gather(g, K, k, 4), _first(a, 4))
 
 # %% ../nbs/01_kernels.ipynb #0025
 @_jit
-def _extend(K, gram, diagonal, support, n, k, S, inverse, overlap):
-    "Append atom k to the inverse Cholesky factor [S, S]; returns rho^2."
-    left = np.float64(diagonal[k])
+def _project(K, gram, support, n, k, S, inverse, overlap):
+    "overlap = L^-1 G[support, k], which is the projection of atom k on the support; returns its squared norm."
+    total = 0.0
     for i in range(n):
         s = 0.0
         for j in range(i + 1):
             s += inverse[i * S + j] * gram[support[j] * K + k]
         overlap[i] = s
-        left -= s * s
+        total += s * s
+    return total
+
+# %% ../nbs/01_kernels.ipynb #0d2c4549
+@_jit
+def _extend(K, gram, diagonal, support, n, k, S, inverse, overlap):
+    "Append atom k to the inverse Cholesky factor [S, S]; returns rho^2."
+    left = diagonal[k] - _project(K, gram, support, n, k, S, inverse, overlap)
     scale = 1 / np.sqrt(max(left, 1e-30))
     for j in range(n):
         s = 0.0
@@ -150,25 +173,30 @@ def _energy(M, x):
 # %% ../nbs/01_kernels.ipynb #0028
 @_jit
 def _advance(K, gram, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step):
-    "Atom k becomes number n of the support: coefficients move by `step`. Returns rho^2, alpha and the length of the move."
+    """Atom k becomes number n of the support: coefficients move by `step`.
+    Returns rho^2, alpha, the length of the move, and the squared norms of the new row of the inverse and of the coefficients."""
     left = _extend(K, gram, diagonal, support, n, k, S, inverse, overlap)
     support[n], coefficient[n] = k, 0
-    along, moved = correlation * inverse[n * S + n], 0.0
+    along, moved, row2, size2 = correlation * inverse[n * S + n], 0.0, 0.0, 0.0
     for j in range(n + 1):
         d = along * inverse[n * S + j]
-        coefficient[j] += d
+        a = coefficient[j] + d
+        coefficient[j], step[j] = a, d
         moved += abs(d)
-        step[j] = d
-    return left, along, moved
+        row2 += inverse[n * S + j] * inverse[n * S + j]
+        size2 += a * a
+    return left, along, moved, row2, size2
 
 # %% ../nbs/01_kernels.ipynb #0030
 class _Limits(NamedTuple):
     "When to stop, and when to ask for more digits. Norms and scores are relative to |x|."
     floor: float     # a score up to this is the signal's own rounding
-    noise: float     # a correlation up to this is the arithmetic's rounding
+    noise: float     # a correlation, or an entry of the Gram matrix, up to this is the arithmetic's rounding
     eligible: float  # what is left of a usable atom, squared
-    risky: float     # flag an atom of which less is left
+    risky: float     # OMP flags an atom of which less is left, ORMP makes sure of it
     bonus: float     # ORMP multiplies the score of a risky atom by this, so that it is not overlooked
+    trust: float     # ORMP makes sure of every atom once rounding is amplified more than this
+    stretch: float   # and flags the signal beyond this
     blur: float      # flag a residual as close to tol as this, squared
     lowest: float    # flag a signal of less energy
     highest: float   # or of more
@@ -176,9 +204,9 @@ class _Limits(NamedTuple):
 # %% ../nbs/01_kernels.ipynb #0031
 def _limits(signals, arithmetic):
     "The limits for signals of one precision, computed in another."
-    noise, single = correlation_floor(arithmetic), arithmetic == torch.float32
-    eligible, scale = eligible_norm(signals), (1e-24, 1e36) if single else (1e-200, 1e200)
-    return _Limits(correlation_floor(signals), noise, eligible, 0.01 if single else 1e-6, 1.5, 8 * noise, *scale)
+    noise, eligible = correlation_floor(arithmetic), eligible_norm(signals)
+    risky, trust, stretch, *scale = (0.01, 256.0, 1000.0, 1e-24, 1e36) if arithmetic == torch.float32 else (1e-6, 1e7, 1e8, 1e-200, 1e200)
+    return _Limits(correlation_floor(signals), noise, eligible, risky, 1.5, trust, stretch, 8 * noise, *scale)
 
 # %% ../nbs/01_kernels.ipynb #0032
 @_jit
@@ -201,7 +229,7 @@ def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtfu
                 c[k] = real(0)
                 top = _peak(K, c)
                 continue
-            left, along, moved = _advance(K, g, diagonal, support, n, k, np.float64(c[k]), S, inverse, overlap, coefficient, step)
+            left, along, moved, _, _ = _advance(K, g, diagonal, support, n, k, np.float64(c[k]), S, inverse, overlap, coefficient, step)
             n += 1
             travelled += moved
             remaining -= along * along
@@ -247,48 +275,111 @@ def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky, bo
 
 # %% ../nbs/01_kernels.ipynb #0036
 @_jit
-def _move(K, c, diagonal, left, score, w, g, k, a, n, along, gone, risky, bonus):
+def _move(K, c, diagonal, left, score, w, g, k, a, n, *rest):
     "Take direction number n - 1, with weights a[:n] on the rows k[:n] of g, out of c and left, and score. The signs of a may be turned."
-    if n == 1: return _next_scores(K, c, diagonal, left, score, (_at(g, k[0] * K),), (a[0],), along, gone, risky, bonus)
-    if n == 2: return _next_scores(K, c, None, left, score, (_at(g, k[0] * K), _at(g, k[1] * K)), (a[0], a[1]), along, gone, risky, bonus)
-    if n == 3: return _next_scores(K, c, None, left, score, (_at(g, k[0] * K), _at(g, k[1] * K), _at(g, k[2] * K)), (a[0], a[1], a[2]), along, gone, risky, bonus)
-    m, one = n - 4, gone / gone
-    g0, g1, g2, g3 = _at(g, k[m] * K), _at(g, k[m + 1] * K), _at(g, k[m + 2] * K), _at(g, k[m + 3] * K)
-    if m == 0: return _next_scores(K, c, None, left, score, (g0, g1, g2, g3), (a[0], a[1], a[2], a[3]), along, gone, risky, bonus)
+    if n == 1: return _next_scores(K, c, diagonal, left, score, _gather(g, K, k, 1), _first(a, 1), *rest)
+    if n == 2: return _next_scores(K, c, None, left, score, _gather(g, K, k, 2), _first(a, 2), *rest)
+    if n == 3: return _next_scores(K, c, None, left, score, _gather(g, K, k, 3), _first(a, 3), *rest)
+    if n == 4: return _next_scores(K, c, None, left, score, _gather(g, K, k, 4), _first(a, 4), *rest)
+    if n == 5: return _next_scores(K, c, None, left, score, _gather(g, K, k, 5), _first(a, 5), *rest)
+    if n == 6: return _next_scores(K, c, None, left, score, _gather(g, K, k, 6), _first(a, 6), *rest)
+    if n == 7: return _next_scores(K, c, None, left, score, _gather(g, K, k, 7), _first(a, 7), *rest)
+    along, gone = rest[0], rest[1]
     for i in range(K): w[i] = gone - gone
-    for j in range(m): a[j] = -a[j]
-    _subtract(K, w, g, k, a, m)
-    return _next_scores(K, c, None, left, score, (w, g0, g1, g2, g3), (one, a[m], a[m + 1], a[m + 2], a[m + 3]), along, gone, risky, bonus)
+    for j in range(n - 6): a[j] = -a[j]
+    _subtract(K, w, g, k, a, n - 6)
+    k, a = _at(k, n - 6), _at(a, n - 6)
+    return _next_scores(K, c, None, left, score, (w,) + _gather(g, K, k, 6), (gone / gone,) + _first(a, 6), *rest)
+
+# %% ../nbs/01_kernels.ipynb #030a8874
+@_jit
+def _plain_scores(K, c, left, score, gone):
+    "score = c^2 / left, zero where no more than `gone` is left; returns its peak."
+    _restrict()
+    top = _magnitude(gone - gone)
+    for i in range(K):
+        s = c[i] * c[i] / left[i]
+        s = s if left[i] > gone else gone - gone
+        score[i] = s
+        top = max(top, _magnitude(s))
+    return top
+
+# %% ../nbs/01_kernels.ipynb #0c7c5432
+@_jit
+def _next_rival(K, c, left, error, shrink, gone, least, after):
+    "First atom behind `after` whose score could be `least`, if c is off by up to `error` and left by up to `shrink`; K if there is none."
+    first, after = np.int32(K), np.int32(after)
+    for i in range(np.int32(K)):
+        r, u = abs(c[i]) + error, left[i]
+        j = np.int32(i) if r * r >= least * (u - shrink) else np.int32(K)
+        j = j if u + shrink > gone else np.int32(K)
+        first = min(first, j if np.int32(i) > after else np.int32(K))
+    return np.int64(first)
+
+# %% ../nbs/01_kernels.ipynb #b0dd6185
+@_jit
+def _amplification(K, gram, support, n, i, S, inverse, overlap):
+    "1 + |z|^2, z the coefficients of atom i on the support."
+    _project(K, gram, support, n, i, S, inverse, overlap)
+    total = 1.0
+    for j in range(n):
+        z = 0.0
+        for m in range(j, n): z += overlap[m] * inverse[m * S + j]
+        total += z * z
+    return total
+
+# %% ../nbs/01_kernels.ipynb #a760b67e
+@_jit
+def _certain(real, K, c, left, k, gram, support, n, S, inverse, overlap, spread, size, noise, eligible):
+    "Is the score of atom k the largest, whatever rounding has done? spread: 1 + |L^-1|^2; size: root of |x|^2 + |a|^2. Marks the support in `left`."
+    for j in range(n): left[support[j]] = real(-1)  # no rivals
+    grown = _amplification(K, gram, support, n, k, S, inverse, overlap)
+    if left[k] - noise * grown <= eligible: return False
+    least = max(abs(c[k]) - noise * np.sqrt(grown) * size, 0.0) ** 2 / (left[k] + noise * grown)
+    error, shrink, i = real(noise * np.sqrt(spread) * size), real(noise * spread), -1
+    while True:
+        i = _next_rival(K, c, left, error, shrink, real(eligible), real(least), i)
+        if i == K: return True
+        if i == k: continue
+        grown = _amplification(K, gram, support, n, i, S, inverse, overlap)
+        most = (abs(c[i]) + noise * np.sqrt(grown) * size) ** 2
+        if most >= least * (left[i] - noise * grown) and left[i] + noise * grown > eligible: return False
 
 # %% ../nbs/01_kernels.ipynb #0038
 @_jit
 def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     "ORMP of rows lo..hi. The correlations are used up."
     (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
-    numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(S + 5 * K, correlations.dtype)
+    numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(5 * K + S + 16, correlations.dtype)
     coefficient, overlap, inverse = _row(numbers, 0), _row(numbers, S), _row(numbers, 2 * S)
-    support, step, diagonal, g = _row(whole, 0), _row(small, 0), _row(small, S), _row(gram, 0)
-    reciprocal, left, score, w = _at(diagonal, K), _at(diagonal, 2 * K), _at(diagonal, 3 * K), _at(diagonal, 4 * K)
+    support, diagonal, g = _row(whole, 0), _row(small, -small.ctypes.data // small.itemsize % 16), _row(gram, 0)  # on a cache line
+    reciprocal, left, score, w, step = _at(diagonal, K), _at(diagonal, 2 * K), _at(diagonal, 3 * K), _at(diagonal, 4 * K), _at(diagonal, 5 * K)
     for i in range(K):
         diagonal[i] = g[i * K + i]
         reciprocal[i] = 1 / diagonal[i]
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
         norm, least = np.sqrt(energy), limits.floor * limits.floor * energy
-        remaining, travelled, n = energy, 0.0, 0
+        remaining, spread, size2, n = energy, 1.0, 0.0, 0
         doubt = energy != 0 and not limits.lowest < energy < limits.highest
         top = _first_scores(K, c, score, reciprocal)
         while n < S and top > 0 and (remaining > tol or tol == 0) and not doubt:
             k = _find(K, score, top)
             if score[k] <= least: break
+            if n > 0 and (spread * (energy + size2) > limits.trust * energy or left[k] <= limits.risky):
+                size, risky = np.sqrt(energy + size2), left[k] <= limits.risky
+                doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
+                if doubt and risky:  # perhaps its bonus put it first
+                    k = _find(K, score, _plain_scores(K, c, left, score, real(limits.eligible)))
+                    doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
             correlation = np.float64(c[k])
-            doubt = abs(correlation) <= limits.noise * norm or _contains(support, n, k)
+            doubt |= abs(correlation) <= limits.noise * norm
             if doubt: break
-            outside, along, moved = _advance(K, g, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step)
+            _, along, _, row2, size2 = _advance(K, g, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step)
             n += 1
-            travelled += moved
+            spread += row2
             remaining -= along * along
-            doubt = outside < limits.risky * diagonal[k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
+            doubt = spread > limits.stretch or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
             if n < S and not doubt:
                 for j in range(n): step[j] = inverse[(n - 1) * S + j]
                 top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible), real(limits.risky), real(limits.bonus))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser.pursuit import METHODS, normalize_atoms, pursuit
+from laser.pursuit import METHODS, compare_supports, normalize_atoms, pursuit
 from laser.sparse_coding import batch_omp, refit
 
 BACKENDS = ("reference", "torch", "numba")
@@ -79,7 +79,7 @@ def test_no_worse_than_the_reference(problem, method, backend):
 @settings(max_examples=30, deadline=None)
 @given(problems(), st.sampled_from(METHODS), st.sampled_from(BACKENDS))
 def test_batch_equals_one_by_one(problem, method, backend):
-    """The code of a signal does not depend on its company, except where rounding decides a tie."""
+    """The code of a signal does not depend on its company, except where rounding decides a near-tie."""
     X, D, S = problem
     code = batch_omp(X, D, S, method=method, backend=backend)
     single = [batch_omp(x[None], D, S, method=method, backend=backend) for x in X]
@@ -87,7 +87,8 @@ def test_batch_equals_one_by_one(problem, method, backend):
     same = torch.tensor([torch.equal(c.indices[0], i) for c, i in zip(single, code.indices)])
     assert torch.allclose(errors[same], squared_error(code, X, D)[same], atol=1e-5)
     if X.dtype == torch.float64:
-        assert same.float().mean() >= 0.9
+        differ, ties = compare_supports(X, D, code.indices, torch.cat([c.indices for c in single]), method)
+        assert differ == ties
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
