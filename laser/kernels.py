@@ -9,6 +9,7 @@ __all__ = ['chunk_rows', 'omp_numba', 'count_differences', 'nearest_entry', 'omp
 import functools
 import os
 import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numba
@@ -988,164 +989,221 @@ def nearest_entry(
 
 # %% ../nbs/01_kernels.ipynb #0134
 @functools.cache
-def _fused_kernel():
-    "The Triton kernel for K that fits on chip."
+def _scaling_kernel():
+    "Triton: scaled signals, their squared norms, and the powers of two that bring the largest entry of each to [1, 2)."
+    global tl
     import triton
     import triton.language as tl
 
-    def fused(X, D, G, INDICES, VALUES, B, M, K, tol, floor, eligible, S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
-              BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-        b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-        k, m, s = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S)
-        # largest entry of each signal, and the power of two that brings it to [1, 2)
-        peak = tl.zeros([BLOCK_B], tl.float32)
+    def scaling(X, SCALED, SCALE, ENERGY, B, M, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr):
+        b, m = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_M)
+        peak, energy = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, M, BLOCK_M):
-            x = tl.load(X + b[:, None] * M + (start + m)[None, :], mask=(b < B)[:, None] & (start + m < M)[None, :], other=0.0)
-            peak = tl.maximum(peak, tl.max(tl.abs(x), axis=1))
+            inside = (b < B)[:, None] & (start + m < M)[None, :]
+            peak = tl.maximum(peak, tl.max(tl.abs(tl.load(X + b[:, None] * M + (start + m)[None, :], mask=inside, other=0.0)), axis=1))
         exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
         scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-        # correlations [BLOCK_B, BLOCK_K] and squared norms of the signals
-        c, energy = tl.zeros([BLOCK_B, BLOCK_K], tl.float32), tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, M, BLOCK_M):
-            x = tl.load(X + b[:, None] * M + (start + m)[None, :], mask=(b < B)[:, None] & (start + m < M)[None, :], other=0.0) * scale[:, None]
-            d = tl.load(D + (start + m)[:, None] * K + k[None, :], mask=(start + m < M)[:, None] & (k < K)[None, :], other=0.0)
-            c = tl.dot(x, d, c, input_precision=PRECISION)
+            inside, place = (b < B)[:, None] & (start + m < M)[None, :], b[:, None] * M + (start + m)[None, :]
+            x = tl.load(X + place, mask=inside, other=0.0) * scale[:, None]
             energy += tl.sum(x * x, axis=1)
-        diagonal = tl.load(G + k.to(tl.int64) * K + k, mask=k < K, other=0.0)
-        left = tl.zeros([BLOCK_B, BLOCK_K], tl.float32) + diagonal[None, :]
-        threshold = floor * tl.sqrt(energy)[:, None] * tl.sqrt(diagonal)[None, :]
-        enough, remaining, active = tol * scale * scale, energy, b < B
-        support, coefficient = tl.full([BLOCK_B, BLOCK_S], -1, tl.int32), tl.zeros([BLOCK_B, BLOCK_S], tl.float32)
-        inverse = tl.zeros([BLOCK_B, BLOCK_S, BLOCK_S], tl.float32)
-        for n in range(S):
-            gone = 0.0 if RULE == 2 else eligible
-            score = tl.abs(c)
-            free = (score > threshold) & (left > gone)
-            if RULE == 1: score = score * score / left
-            score = tl.where(free, score, -1.0)
-            pick = tl.argmax(score, axis=1)
-            active = active & (tl.max(score, axis=1) > 0) & (remaining > enough)
-            chosen = k[None, :] == pick[:, None]
-            correlation = tl.sum(tl.where(chosen, c, 0.0), axis=1)
-            own = tl.sum(tl.where(chosen, diagonal[None, :], 0.0), axis=1)
-            here = (s == n)[None, :]
+            tl.store(SCALED + place, x, mask=inside)
+        tl.store(SCALE + b, scale, mask=b < B)
+        tl.store(ENERGY + b, energy, mask=b < B)
+
+    return triton.jit(scaling)
+
+# %% ../nbs/01_kernels.ipynb #7b5ef054
+@functools.cache
+def _fused_kernel():
+    "Triton: a pursuit from correlations, one signal a program, by rows of the Gram matrix. RULE 0 is OMP, 1 ORMP, 2 MP."
+    global tl
+    import triton
+    import triton.language as tl
+
+    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, bonus, blur,
+              S: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+        b, k, s = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
+        inside = k < K
+        c = tl.load(C + b * K + k, mask=inside, other=0.0)
+        left = tl.load(DIAGONAL + k, mask=inside, other=1.0)  # for ORMP what is left of each atom; for MP its squared norm
+        scale, energy = tl.load(SCALE + b), tl.load(ENERGY + b)
+        norm, remaining, travelled = tl.sqrt(energy), energy, 0.0
+        enough = tl.where(tol > 0, tol * scale * scale, -1.0)
+        free = inside
+        support, coefficient = tl.zeros([BLOCK_S], tl.int32), tl.zeros([BLOCK_S], tl.float32)
+        inverse = tl.zeros([BLOCK_S, BLOCK_S], tl.float32)
+        n, doubt, active = 0, energy < 0, energy > 0
+        while active:
+            score, limit = tl.abs(c), floor * norm
+            if RULE == 1:
+                score = tl.where(left > eligible, c * c / left, 0.0)
+                score, limit = tl.where(left > risky, score, bonus * score), limit * limit
+            if RULE == 2: score, limit = tl.where(free & (score > limit * tl.sqrt(left)), score, 0.0), 0.0
+            top, pick = tl.max(score, axis=0, return_indices=True)
+            active = (top > limit) & (remaining > enough)
+            correlation = tl.sum(tl.where(k == pick, c, 0.0), axis=0)
+            own, here = tl.load(DIAGONAL + pick), s == tl.where(active, n, -1)
             if RULE == 2:
-                weight = tl.where(here, 1.0, 0.0) + tl.zeros([BLOCK_B, BLOCK_S], tl.float32)
+                weight, gain = tl.where(here, 1.0, 0.0), correlation * correlation / own
                 along = correlation / own
-                remaining -= along * correlation
             else:
-                row = tl.load(G + pick.to(tl.int64)[:, None] * K + tl.maximum(support, 0), mask=support >= 0, other=0.0)
-                overlap = tl.sum(inverse * row[:, None, :], axis=2)
-                rho = tl.sqrt(tl.maximum(own - tl.sum(overlap * overlap, axis=1), 1e-12))
-                weight = -tl.sum(inverse * overlap[:, :, None], axis=1) / rho[:, None]
-                weight = tl.where(active[:, None], tl.where(here, 1.0 / rho[:, None], weight), 0.0)
-                inverse = tl.where((s == n)[None, :, None], weight[:, None, :], inverse)
+                row = tl.load(G + pick.to(tl.int64) * K + support, mask=s < n, other=0.0)
+                overlap = tl.sum(inverse * row[None, :], axis=1)
+                outside = own - tl.sum(overlap * overlap, axis=0)
+                rho = tl.sqrt(tl.maximum(outside, 1e-12))
+                weight = tl.where(here, 1.0, -tl.sum(inverse * overlap[:, None], axis=0)) / rho
+                inverse = tl.where(here[:, None], weight[None, :], inverse)
                 along = correlation / rho
-                remaining -= along * along
-            along = tl.where(active, along, 0.0)
-            coefficient += along[:, None] * weight
-            support = tl.where(here & active[:, None], pick[:, None].to(tl.int32), support)
-            w = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-            for j in range(0, n + 1):
-                kj = tl.maximum(tl.sum(tl.where((s == j)[None, :], support, 0), axis=1), 0).to(tl.int64)
-                aj = tl.sum(tl.where((s == j)[None, :], weight, 0.0), axis=1)
-                if RULE != 2 or j == n:
-                    w += aj[:, None] * tl.load(G + kj[:, None] * K + k[None, :], mask=(active[:, None]) & (k < K)[None, :], other=0.0)
-            c -= along[:, None] * w
-            if RULE != 2: left -= w * w
-            left = tl.where(chosen, 0.0, left)
-        out = b[:, None] * S + s[None, :]
-        keep = (b < B)[:, None] & (s < S)[None, :]
-        tl.store(INDICES + out, support.to(tl.int64), mask=keep)
-        tl.store(VALUES + out, tl.where(support >= 0, coefficient / scale[:, None], 0.0), mask=keep)
+                gain = along * along
+                again = tl.sum(tl.where((s < n) & (support == pick), 1, 0), axis=0) > 0
+                doubt = active & (again | (outside < risky * own))
+                if RULE == 1: doubt = doubt | (active & (tl.abs(correlation) <= noise * norm))
+            remaining -= tl.where(active, gain, 0.0)
+            move = tl.where(active, along, 0.0) * weight
+            coefficient += move
+            travelled += tl.sum(tl.abs(move), axis=0)
+            doubt = doubt | (active & ((tol > 0) & (tl.abs(remaining - enough) < blur * energy)))
+            if RULE != 2: doubt = doubt | (active & (travelled > 64 * norm))
+            support = tl.where(here, pick, support)
+            n += active.to(tl.int32)
+            active = active & (doubt == 0) & (n < S)
+            rows = tl.where(active, n, 0)
+            if RULE == 2:
+                c -= along * tl.load(G + pick.to(tl.int64) * K + k, mask=k < tl.where(active, K, 0), other=0.0)
+                free = free & (k != pick)
+            if RULE == 0:
+                for j in range(rows):
+                    kj = tl.sum(tl.where(s == j, support, 0), axis=0).to(tl.int64)
+                    c -= tl.sum(tl.where(s == j, move, 0.0), axis=0) * tl.load(G + kj * K + k, mask=inside, other=0.0)
+                c = tl.where(k == pick, 0.0, c)
+            if RULE == 1:
+                w = tl.zeros([BLOCK_K], tl.float32)
+                for j in range(rows):
+                    kj = tl.sum(tl.where(s == j, support, 0), axis=0).to(tl.int64)
+                    w += tl.sum(tl.where(s == j, weight, 0.0), axis=0) * tl.load(G + kj * K + k, mask=inside, other=0.0)
+                c, left = c - along * w, tl.where(k == pick, 0.0, left - w * w)
+        used = s < n
+        tl.store(INDICES + b * S + s, tl.where(used, support, -1).to(tl.int64), mask=s < S)
+        tl.store(VALUES + b * S + s, tl.where(used, coefficient / scale, 0.0), mask=s < S)
+        tl.store(DOUBT + b, doubt.to(tl.int32))
 
     return triton.jit(fused)
 
 # %% ../nbs/01_kernels.ipynb #0136
 @functools.cache
 def _streaming_kernel():
-    "The Triton kernel for large K: a running argmax over tiles of the dictionary."
+    "Triton: a pursuit by a running argmax over tiles of the dictionary. DOUBLE: in float64. LISTED: of the COUNT signals in ORDER."
+    global tl
     import triton
     import triton.language as tl
 
-    def streaming(X, D, ATOMS, NORMS, BASIS, INDICES, VALUES, B, M, K, tol, floor, eligible, S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-        m, s = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S)
-        inside = (row < B)[:, None] & (m < M)[None, :]
-        x = tl.load(X + row[:, None] * M + m[None, :], mask=inside, other=0.0)
-        exponent = tl.minimum(tl.maximum((tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
-        scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-        r = x * scale[:, None]
-        limit, enough = floor * tl.sqrt(tl.sum(r * r, axis=1)), tol * scale * scale
-        support, rejected = tl.full([BLOCK_B, BLOCK_S], -1, tl.int32), tl.full([BLOCK_B, BLOCK_S], -1, tl.int32)
-        along = tl.zeros([BLOCK_B, BLOCK_S], tl.float32)
-        triangle = tl.zeros([BLOCK_B, BLOCK_S, BLOCK_S], tl.float32)  # R of the QR factorisation, rows first
-        count, refused, active, attempt = tl.zeros([BLOCK_B], tl.int32), tl.zeros([BLOCK_B], tl.int32), row < B, 0
-        while (attempt < 2 * S) & (tl.sum(active.to(tl.int32), axis=0) > 0):
-            best, pick = tl.zeros([BLOCK_B], tl.float32), tl.full([BLOCK_B], -1, tl.int32)
-            for start in range(0, K, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                d = tl.load(D + m.to(tl.int64)[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-                norm = tl.load(NORMS + k, mask=k < K, other=0.0)
-                c = tl.abs(tl.dot(r, d, input_precision=PRECISION))
-                score = tl.where(c > limit[:, None] * norm[None, :], c, 0.0)
-                for j in range(S):
-                    score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], support, 0), axis=1)[:, None], 0.0, score)
-                    score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], rejected, 0), axis=1)[:, None], 0.0, score)
-                if RULE == 1:
-                    left = tl.zeros([BLOCK_B, BLOCK_K], tl.float32) + (norm * norm)[None, :]
-                    for j in range(S):
-                        q = tl.load(BASIS + (row[:, None] * S + j) * M + m[None, :], mask=inside & (j < count)[:, None], other=0.0)
-                        p = tl.dot(q, d, input_precision=PRECISION)
-                        left -= p * p
-                    score = tl.where(left > eligible, score / tl.sqrt(tl.maximum(left, eligible)), 0.0)
-                top, where = tl.max(score, axis=1), start + tl.argmax(score, axis=1).to(tl.int32)
-                pick = tl.where(top > best, where, pick)
-                best = tl.maximum(best, top)
-            active = active & (pick >= 0) & (count < S) & (tl.sum(r * r, axis=1) > enough)
-            q = tl.load(ATOMS + tl.maximum(pick, 0).to(tl.int64)[:, None] * M + m[None, :], mask=inside, other=0.0)
-            column = tl.zeros([BLOCK_B, BLOCK_S], tl.float32)
-            if RULE == 2:
-                norm2, ok = tl.sum(q * q, axis=1), active
-                value = tl.where(ok, tl.sum(q * r, axis=1) / norm2, 0.0)
-                r -= value[:, None] * q
-            else:
-                for twice in range(2):
-                    for j in range(S):
-                        p = tl.load(BASIS + (row[:, None] * S + j) * M + m[None, :], mask=inside & (j < count)[:, None], other=0.0)
-                        dot = tl.sum(p * q, axis=1)
-                        q -= dot[:, None] * p
-                        column += tl.where((s == j)[None, :], dot[:, None], 0.0)
-                norm2 = tl.sum(q * q, axis=1)
-                ok = active & (norm2 > eligible)
-                length = tl.sqrt(tl.maximum(norm2, 1e-30))
-                q = tl.where(ok[:, None], q / length[:, None], 0.0)
-                value = tl.sum(q * r, axis=1)
-                r -= value[:, None] * q
-                tl.store(BASIS + (row[:, None] * S + tl.minimum(count, S - 1)[:, None]) * M + m[None, :], q, mask=inside & ok[:, None])
-                column = tl.where(s[None, :] == count[:, None], length[:, None], column)
-            new = (s[None, :] == count[:, None]) & ok[:, None]
-            support = tl.where(new, pick[:, None], support)
-            along = tl.where(new, value[:, None], along)
-            triangle = tl.where(new[:, None, :], column[:, :, None], triangle)
-            no = active & (ok == 0)
-            rejected = tl.where((s[None, :] == refused[:, None]) & no[:, None], pick[:, None], rejected)
-            count, refused, attempt = count + ok.to(tl.int32), refused + no.to(tl.int32), attempt + 1
+    def streaming(X, D, ATOMS, NORMS, RESIDUAL, BASIS, TRIANGLE, ORDER, COUNT, INDICES, VALUES, DOUBT, B, M, K, programs, tol, floor, eligible, risky,
+                  S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, LISTED: tl.constexpr,
+                  BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+        real: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+        lane, m, s, depth = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+        patch = tl.program_id(0).to(tl.int64) * BLOCK_B + lane
+        total = B
+        if LISTED: total = tl.load(COUNT).to(tl.int32)
+        for block in range(tl.program_id(0), tl.cdiv(total, BLOCK_B), programs):
+            live = block * BLOCK_B + lane < total
+            row = (block * BLOCK_B + lane).to(tl.int64)
+            if LISTED: row = tl.load(ORDER + row, mask=live, other=0)
+            inside = live[:, None] & (m < M)[None, :]
+            x = tl.load(X + row[:, None] * M + m[None, :], mask=inside, other=0.0)
+            exponent = tl.minimum(tl.maximum((tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
+            scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+            r = (x * scale[:, None]).to(real)
+            mine = patch[:, None] * M + m[None, :]
+            tl.store(RESIDUAL + mine, r, mask=(m < M)[None, :])
             tl.debug_barrier()
-        coefficient = along
-        if RULE != 2:
-            coefficient = tl.zeros([BLOCK_B, BLOCK_S], tl.float32)
-            for back in range(S):
-                i = S - 1 - back
-                here = (s == i)[None, :]
-                line = tl.sum(tl.where((s == i)[None, :, None], triangle, 0.0), axis=1)
-                pivot = tl.sum(tl.where(here, line, 0.0), axis=1)
-                rest = tl.sum(tl.where(here, along, 0.0), axis=1) - tl.sum(line * coefficient, axis=1)
-                coefficient += tl.where(here, (rest / tl.where(pivot > 0, pivot, 1.0))[:, None], 0.0)
-        keep = (row < B)[:, None] & (s < S)[None, :]
-        tl.store(INDICES + row[:, None] * S + s[None, :], support.to(tl.int64), mask=keep)
-        tl.store(VALUES + row[:, None] * S + s[None, :], tl.where(support >= 0, coefficient / scale[:, None], 0.0), mask=keep)
+            limit = floor * tl.sqrt(tl.sum(r * r, axis=1))
+            enough = tl.where(tol > 0, tol * (scale * scale).to(real), -1.0)
+            support, rejected = tl.full([BLOCK_B, BLOCK_S], -1, tl.int32), tl.full([BLOCK_B, BLOCK_S], -1, tl.int32)
+            along = tl.zeros([BLOCK_B, BLOCK_S], real)
+            corner = (patch[:, None] * S + s[None, :]) * S  # rows of R, the triangle of the QR factorisation
+            count, refused, active, attempt = tl.zeros([BLOCK_B], tl.int32), tl.zeros([BLOCK_B], tl.int32), live, 0
+            doubt = tl.zeros([BLOCK_B], tl.int32)
+            while (attempt < 2 * S) & (tl.sum(active.to(tl.int32), axis=0) > 0):
+                best, pick = tl.zeros([BLOCK_B], real), tl.full([BLOCK_B], -1, tl.int32)
+                for start in range(0, K, BLOCK_K):
+                    k = start + tl.arange(0, BLOCK_K)
+                    c = tl.zeros([BLOCK_B, BLOCK_K], real)
+                    for base in range(0, M, BLOCK_D):
+                        i = base + depth
+                        d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
+                        p = tl.load(RESIDUAL + patch[:, None] * M + i[None, :], mask=(i < M)[None, :] & active[:, None], other=0.0)
+                        if DOUBLE: c += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
+                        else: c = tl.dot(p, d, c, input_precision=PRECISION)
+                    norm = tl.load(NORMS + k, mask=k < K, other=0.0).to(real)
+                    c = tl.abs(c)
+                    score = tl.where(c > limit[:, None] * norm[None, :], c, 0.0)
+                    for j in range(S):
+                        score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], support, 0), axis=1)[:, None], 0.0, score)
+                        score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], rejected, 0), axis=1)[:, None], 0.0, score)
+                    if RULE == 1:
+                        left = tl.zeros([BLOCK_B, BLOCK_K], real) + (norm * norm)[None, :]
+                        for j in range(tl.max(count, axis=0)):
+                            t = tl.zeros([BLOCK_B, BLOCK_K], real)
+                            for base in range(0, M, BLOCK_D):
+                                i = base + depth
+                                d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
+                                p = tl.load(BASIS + (patch[:, None] * S + j) * M + i[None, :], mask=(i < M)[None, :] & (j < count)[:, None], other=0.0)
+                                if DOUBLE: t += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
+                                else: t = tl.dot(p, d, t, input_precision=PRECISION)
+                            left -= t * t
+                        score = tl.where(left > eligible, score / tl.sqrt(tl.maximum(left, eligible)), 0.0)
+                    top, where = tl.max(score, axis=1), start + tl.argmax(score, axis=1).to(tl.int32)
+                    pick = tl.where(top > best, where, pick)
+                    best = tl.maximum(best, top)
+                r = tl.load(RESIDUAL + mine, mask=inside, other=0.0)  # not kept in registers meanwhile
+                active = active & (pick >= 0) & (count < S) & (tl.sum(r * r, axis=1) > enough)
+                q = tl.load(ATOMS + tl.maximum(pick, 0).to(tl.int64)[:, None] * M + m[None, :], mask=inside, other=0.0).to(real)
+                column = tl.zeros([BLOCK_B, BLOCK_S], real)
+                if RULE == 2:
+                    outside, ok = tl.sum(q * q, axis=1), active
+                    value = tl.where(ok, tl.sum(q * r, axis=1) / tl.maximum(outside, 1e-30), 0.0)
+                    r -= value[:, None] * q
+                else:
+                    for twice in range(2):
+                        for j in range(tl.max(count, axis=0)):
+                            p = tl.load(BASIS + (patch[:, None] * S + j) * M + m[None, :], mask=inside & (j < count)[:, None], other=0.0)
+                            dot = tl.sum(p * q, axis=1)
+                            q -= dot[:, None] * p
+                            column += tl.where((s == j)[None, :], dot[:, None], 0.0)
+                    outside = tl.sum(q * q, axis=1)
+                    ok = active & (outside > eligible)
+                    doubt = doubt | (active & (outside < risky)).to(tl.int32)
+                    length = tl.sqrt(tl.maximum(outside, 1e-30))
+                    q = tl.where(ok[:, None], q / length[:, None], 0.0)
+                    value = tl.sum(q * r, axis=1)
+                    r -= value[:, None] * q
+                    tl.store(BASIS + (patch[:, None] * S + tl.minimum(count, S - 1)[:, None]) * M + m[None, :], q, mask=inside & ok[:, None])
+                    column = tl.where(s[None, :] == count[:, None], length[:, None], column)
+                tl.debug_barrier()  # all have read the old residuals
+                tl.store(RESIDUAL + mine, r, mask=(m < M)[None, :])
+                new = (s[None, :] == count[:, None]) & ok[:, None]
+                support = tl.where(new, pick[:, None], support)
+                along = tl.where(new, value[:, None], along)
+                tl.store(TRIANGLE + corner + count[:, None], column, mask=(s[None, :] <= count[:, None]) & ok[:, None] & (s < S)[None, :])
+                no = active & (ok == 0)
+                rejected = tl.where((s[None, :] == refused[:, None]) & no[:, None], pick[:, None], rejected)
+                count, refused, attempt = count + ok.to(tl.int32), refused + no.to(tl.int32), attempt + 1
+                tl.debug_barrier()
+            coefficient = along
+            if RULE != 2:
+                coefficient = tl.zeros([BLOCK_B, BLOCK_S], real)
+                for back in range(S):
+                    here = (s == S - 1 - back)[None, :]
+                    line = tl.load(TRIANGLE + (patch[:, None] * S + S - 1 - back) * S + s[None, :], mask=(s >= S - 1 - back)[None, :] & (s[None, :] < count[:, None]), other=0.0)
+                    pivot = tl.sum(tl.where(here, line, 0.0), axis=1)
+                    rest = tl.sum(tl.where(here, along, 0.0), axis=1) - tl.sum(line * coefficient, axis=1)
+                    coefficient += tl.where(here, (rest / tl.where(pivot > 0, pivot, 1.0))[:, None], 0.0)
+            keep = live[:, None] & (s < S)[None, :]
+            tl.store(INDICES + row[:, None] * S + s[None, :], support.to(tl.int64), mask=keep)
+            tl.store(VALUES + row[:, None] * S + s[None, :], tl.where(support >= 0, (coefficient / scale[:, None]).to(tl.float32), 0.0), mask=keep)
+            if LISTED == 0: tl.store(DOUBT + row, doubt, mask=live)
 
     return triton.jit(streaming)
 
@@ -1153,28 +1211,71 @@ def _streaming_kernel():
 def _power_of_two(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
+# %% ../nbs/01_kernels.ipynb #8578b860
+def _fused_warps(block):
+    "Warps for one signal with `block` atoms: 16 atoms a thread."
+    return min(16, max(1, block // 512))
+
+# %% ../nbs/01_kernels.ipynb #2393d1df
+def _streaming_warps(rows, block):
+    "Warps for `rows` signals of `block` dimensions: 8 numbers a thread."
+    return min(16, max(4, rows * block // 512))
+
+# %% ../nbs/01_kernels.ipynb #70edc025
+@contextmanager
+def _product_precision(tf32):
+    "float32 products on CUDA with all bits, or in TF32, whatever torch has been told elsewhere."
+    matmul = torch.backends.cuda.matmul
+    name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", tf32)
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
+    try: yield
+    finally: setattr(matmul, name, before)
+
 # %% ../nbs/01_kernels.ipynb #0138
+def _stream(signals, dictionary, rule, tol, indices, values, doubt, tf32=False, listed=False):
+    "Launch the streaming kernel on all signals, or in float64 on those that are in doubt."
+    (B, M), K, S, device = signals.shape, dictionary.shape[1], indices.shape[1], signals.device
+    real, limits, rows = (torch.float64, _limits(torch.float32, torch.float64), 1) if listed else (torch.float32, _limits(torch.float32, torch.float32), 16)
+    order = count = doubt
+    if listed:  # the numbers of the doubtful signals, in front; the rest goes to a place of its own behind them
+        places = doubt.cumsum(0)
+        order = torch.empty(B + 1, dtype=torch.int64, device=device)
+        order.scatter_(0, torch.where(doubt > 0, places - 1, B), torch.arange(B, device=device))
+        count = places[-1:]
+    programs = max(1, min(-(-B // rows), 2048, 2**25 // (real.itemsize * rows * (S + 1) * (M + S))))
+    residual, basis, triangle = (torch.empty(programs * rows, *shape, dtype=real, device=device) for shape in ((M,), (S, M), (S, S)))
+    block = _power_of_two(M, 16)
+    _streaming_kernel()[(programs,)](signals, dictionary, dictionary.T.contiguous(), torch.linalg.vector_norm(dictionary, dim=0), residual, basis, triangle, order, count, indices, values, doubt,
+                                     B, M, K, programs, tol, limits.floor, limits.eligible, limits.risky, S, rule, "tf32" if tf32 else "ieee", listed, listed,
+                                     rows, block, 16, 32 if listed else 64, _power_of_two(S, 2), num_warps=_streaming_warps(rows, block))
+
+# %% ../nbs/01_kernels.ipynb #e7da7350
+def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
+    "Chunk by chunk: scaling, the product by cuBLAS, and the pursuit."
+    (B, M), K, S, limits = signals.shape, dictionary.shape[1], indices.shape[1], _limits(torch.float32, torch.float32)
+    gram, rows = _gram_float32(dictionary), min(B, max(1024, 2**25 // K))
+    diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
+    scale, energy, correlations = (torch.empty(*shape, device=signals.device) for shape in ((rows,), (rows,), (rows, K)))
+    block = _power_of_two(K, 32)
+    for i in range(0, B, rows):
+        part, n = slice(i, i + rows), min(rows, B - i)
+        _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
+        with _product_precision(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
+        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol, limits.floor, limits.noise, limits.eligible, limits.risky,
+                              limits.bonus, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
+
+# %% ../nbs/01_kernels.ipynb #bcec7137
 def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32):
-    "Launch one of the two kernels. No synchronisation with the host; TF32 only by `tf32`, whatever torch's own switch says."
+    "One of the two kernels on all signals, then float64 on those in doubt. No synchronisation with the host."
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
-    (B, M), K, rule = signals.shape, dictionary.shape[1], ("omp", "ormp", "mp").index(method)
+    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
     indices = torch.empty(B, sparsity, dtype=torch.int64, device=signals.device)
     values = torch.empty(B, sparsity, dtype=torch.float32, device=signals.device)
+    doubt = torch.empty(B, dtype=torch.int32, device=signals.device)
     if B == 0: return indices, values
-    rows, S = 16, _power_of_two(sparsity, 2)
-    numbers = (B, M, K, tol, correlation_floor(torch.float32), eligible_norm(torch.float32), sparsity, rule, "tf32" if tf32 else "ieee")
-    grid = (-(-B // rows),)
-    if stream:
-        atoms, norms = dictionary.T.contiguous(), torch.linalg.vector_norm(dictionary, dim=0)
-        for i in range(0, B, step := rows * max(1, 2**24 // (sparsity * M * rows))):
-            part, n = slice(i, i + step), min(step, B - i)
-            basis = torch.zeros(n, sparsity, M, dtype=torch.float32, device=signals.device)
-            _streaming_kernel()[(-(-n // rows),)](signals[part], dictionary, atoms, norms, basis, indices[part], values[part], n, *numbers[1:],
-                                                          rows, _power_of_two(M, 16), 64, S, num_warps=4)
-    else:
-        gram = _gram_float32(dictionary)
-        _fused_kernel()[grid](signals, dictionary, gram, indices, values, *numbers,
-                                       rows, 16, _power_of_two(K, 16), S, num_warps=4 if K <= 512 else 8 if K <= 1024 else 16)
+    (_stream if stream else _fused)(signals, dictionary, rule, tol, indices, values, doubt, tf32)
+    if not tf32: _stream(signals, dictionary, rule, tol, indices, values, doubt, listed=True)
     return indices, values
 
 # %% ../nbs/01_kernels.ipynb #0139
@@ -1202,7 +1303,7 @@ def omp_triton(
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # not offered here: must be 0
-    stream: bool | None = None,  # stream the dictionary; None: where K > 2048
+    stream: bool | None = None,  # stream the dictionary; None: where the Gram matrix would pass 256 MB, K > 8192
     tf32: bool = False,  # products with 10 bits of mantissa on the tensor cores: faster, and other supports
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
     "The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32, without waiting for the device."
@@ -1211,5 +1312,5 @@ def omp_triton(
     if diversity: raise ValueError("omp_triton has no diversity bonus; set diversity=0 or use batch_omp(..., backend='torch')")
     if not signals.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, start Python with TRITON_INTERPRET=1 in the environment")
-    stream = dictionary.shape[1] > 2048 if stream is None else stream
+    stream = dictionary.shape[1] > 8192 if stream is None else stream
     return torch.ops.laser.pursuit_triton(signals, dictionary, int(sparsity), method, float(tol), stream, tf32)

@@ -1,10 +1,13 @@
-"Kernels: every path, method and precision against the reference, and the memory that each path takes."
+"Kernels: every path, method and precision against the reference, the memory that each path takes, and what the CUDA kernels need."
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from laser import kernels
 from laser.kernels import count_differences, omp_numba
 from laser.pursuit import METHODS, eligible_norm, normalize_atoms, pursuit
 
@@ -51,3 +54,43 @@ print((peak() - before - gram - 12 * indices.numel()) / 2**20)
 """
     megabytes = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()[-1])
     assert megabytes < 256
+
+
+FLOATS = "X D C G DIAGONAL SCALE ENERGY VALUES ATOMS NORMS SCALED".split()
+TYPES = {**dict.fromkeys(FLOATS, "*fp32"), "INDICES": "*i64", "DOUBT": "*i32", **dict.fromkeys("B M K programs".split(), "i32"),
+         **dict.fromkeys("tol floor noise eligible risky bonus blur".split(), "fp32")}
+
+
+def compiled(kernel, warps, capability, types=TYPES, **constants):
+    """Bytes of shared memory and bytes of spilled registers of a Triton kernel, compiled for a GPU that need not be here."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "").startswith("*") or n in ("K", "M")}  # as a call finds
+    source = ASTSource(kernel, {n: types.get(n, "constexpr") for n in names}, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    said = subprocess.run([assembler, "-v", f"--gpu-name=sm_{capability}{'a' if capability == 90 else ''}", "-o", "/dev/null", "/dev/stdin"],
+                          input=done.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    return done.metadata.shared, int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rule", [0, 1, 2])
+@pytest.mark.parametrize("K, S", [(16, 4), (512, 5), (2048, 8), (8192, 16)])
+def test_fused_cuda_kernel_keeps_correlations_in_registers(K, S, rule, capability):
+    block = kernels._power_of_two(K, 32)
+    shared, spilled = compiled(kernels._fused_kernel(), kernels._fused_warps(block), capability, S=S, RULE=rule, BLOCK_K=block, BLOCK_S=kernels._power_of_two(S, 2))
+    assert shared <= 48 * 1024 and spilled == 0  # every GPU has 48 kB
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("M, S", [(64, 5), (256, 16)])
+def test_streaming_cuda_kernel_fits(M, S, double, capability):
+    rows, real, whole = (1, "*fp64", "*i64") if double else (16, "*fp32", "*i32")
+    types = TYPES | {"RESIDUAL": real, "BASIS": real, "TRIANGLE": real, "ORDER": whole, "COUNT": whole}
+    shared, spilled = compiled(kernels._streaming_kernel(), kernels._streaming_warps(rows, M), capability, types, S=S, RULE=1, PRECISION="ieee", DOUBLE=double, LISTED=double,
+                               BLOCK_B=rows, BLOCK_M=M, BLOCK_D=16, BLOCK_K=32 if double else 64, BLOCK_S=kernels._power_of_two(S, 2))
+    assert shared <= 48 * 1024 and spilled <= 128
