@@ -325,8 +325,8 @@ def plot_times(
 def run_benchmark(
     rounds: int = 5,  # timed rounds; the median counts
     signals: int | None = None,  # signals a call; None: as each case says
-    cases: str = "all",  # names such as "64x512x5,3x16x4", or "all"
-    peers: str = "all",  # names of other packages, "all" that are installed, or "none"
+    cases: str | list = "all",  # names such as "64x512x5,3x16x4", a list of them, or "all"
+    peers: str | list = "all",  # names of other packages, "all" that are installed, or "none"
     source: str = "auto",  # images to cut signals from: "auto", "celeba", "sample" or a folder
     model: str | Path | None = None,  # a run, checkpoint or saved model of a DL-VAE, to measure its latents and dictionary too
     out: str | Path = "outputs/benchmark",  # folder for benchmark.csv, ratios.csv and benchmark.png

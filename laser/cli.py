@@ -702,6 +702,7 @@ def benchmark_job_class():
   laser_benchmark                                           every size, every package that is installed
   laser_benchmark rounds=9 peers=none
   laser_benchmark cases=64x512x5 signals=100000
+  laser_benchmark 'cases=[64x512x5,192x512x8]' peers=SPAMS
   laser_benchmark model=outputs/train/DATE_TIME             also what that DL-VAE codes"""
 
     @dataclass
@@ -709,8 +710,8 @@ def benchmark_job_class():
         "Configuration of `laser_benchmark`."
         rounds: int = 5                 # timed rounds; medians count
         signals: Optional[int] = None   # signals in each case; null: chosen for each
-        cases: str = "all"              # all, or sizes MxKxS
-        peers: str = "all"              # all, none, or names of packages
+        cases: Any = "all"              # all, a size MxKxS, or a list of sizes [MxKxS,...]
+        peers: Any = "all"              # all, none, the name of a package, or a list of names
         source: str = "auto"            # where real signals come from: auto, celeba, sample or a folder
         model: Optional[str] = None     # a run or checkpoint of a DL-VAE: its latents and dictionary too
         seed: int = 0                   # of the choice of signals and entries

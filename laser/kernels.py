@@ -24,7 +24,8 @@ from .pursuit import check_problem, compare_supports, correlation_floor, eligibl
 
 # %% ../nbs/01_kernels.ipynb #0006
 _options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals())
-_jit, _parallel_jit = njit(**_options), njit(parallel=True, **_options)
+_only_prange = dict(prange=True, comprehension=False, reduction=False, inplace_binop=False, setitem=False, numpy=False, stencil=False, fusion=False)  # compiles faster
+_jit, _parallel_jit = njit(**_options), njit(parallel=_only_prange, **_options)
 
 # %% ../nbs/01_kernels.ipynb #0008
 @intrinsic
@@ -221,7 +222,7 @@ def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtfu
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
         norm = np.sqrt(energy)
-        limit, remaining, travelled, n = _magnitude(real(limits.floor * norm)), energy, 0.0, 0
+        limit, remaining, travelled, n = _magnitude(real(limits.floor * norm)), energy, 0.0, np.int64(0)
         doubt = energy != 0 and not limits.lowest < energy < limits.highest
         top = _peak(K, c)
         while n < S and top > limit and (remaining > tol or tol == 0) and not doubt:
@@ -361,7 +362,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
     for b in range(lo, hi):
         c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
         norm, least = np.sqrt(energy), limits.floor * limits.floor * energy
-        remaining, spread, size2, n = energy, 1.0, 0.0, 0
+        remaining, spread, size2, n = energy, 1.0, 0.0, np.int64(0)
         doubt = energy != 0 and not limits.lowest < energy < limits.highest
         top = _first_scores(K, c, score, reciprocal)
         while n < S and top > 0 and (remaining > tol or tol == 0) and not doubt:
@@ -790,7 +791,7 @@ class _Chunk:
 
     def step(self, s, bonus):
         around = [t.numpy() for t in (self.correlations, self.left, self.score, bonus, self.scale, self.norms, self.limit, self.noise, self.enough)]
-        _run(_step_parallel, _step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy())
+        _run(_step_parallel, _step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy(), tile=256)
 
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
@@ -827,8 +828,8 @@ def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtf
 def chunk_rows(
     K: int,  # atoms
 ) -> int:  # signals
-    "How many rows of K correlations make a chunk on the CPU: 2 MB of them, and at least 1,024."
-    return max(1024, 2**19 // K)
+    "How many rows of K correlations make a chunk on the CPU: 2 MB of them, and at least 512."
+    return max(512, 2**19 // K)
 
 # %% ../nbs/01_kernels.ipynb #0073
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
@@ -961,7 +962,7 @@ def _nearest_parallel(correlations, half, nearest, tile):
 @torch.library.custom_op("laser::nearest_entry", mutates_args=())
 def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     K, on_cpu = len(codebook), z.device.type == "cpu"
-    z, entries, half = z.contiguous(), codebook.T.contiguous(), codebook.square().sum(1) / 2
+    z, entries, half = z.contiguous(), codebook.T, codebook.square().sum(1) / 2
     nearest = torch.empty(len(z), dtype=torch.int64, device=z.device)
     rows = chunk_rows(K) if on_cpu else max(1024, 2**24 // K)
     buffer = z.new_empty(min(rows, len(z)), K) if on_cpu else None
