@@ -338,7 +338,7 @@ def _certain(real, K, c, left, k, gram, support, n, S, inverse, overlap, spread,
     grown = _amplification(K, gram, support, n, k, S, inverse, overlap)
     if left[k] - noise * grown <= eligible: return False
     least = max(abs(c[k]) - noise * np.sqrt(grown) * size, 0.0) ** 2 / (left[k] + noise * grown)
-    error, shrink, i = real(noise * np.sqrt(spread) * size), real(noise * spread), -1
+    error, shrink, i = real(noise * np.sqrt(spread) * size), real(noise * spread), np.int64(-1)
     while True:
         i = _next_rival(K, c, left, error, shrink, real(eligible), real(least), i)
         if i == K: return True
@@ -828,8 +828,8 @@ def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtf
 def chunk_rows(
     K: int,  # atoms
 ) -> int:  # signals
-    "How many rows of K correlations make a chunk on the CPU: 2 MB of them, and at least 512."
-    return max(512, 2**19 // K)
+    "How many rows of K correlations make a chunk on the CPU: 2 MB of them, or 1,024 rows where these are no more than 32 MB."
+    return max(1, 2**19 // K, min(1024, 2**23 // K))
 
 # %% ../nbs/01_kernels.ipynb #0073
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
@@ -1219,7 +1219,7 @@ def _fused_warps(block):
 
 # %% ../nbs/01_kernels.ipynb #2393d1df
 def _streaming_warps(rows, block):
-    "Warps for `rows` signals of `block` dimensions: 8 numbers a thread."
+    "Warps for `rows` signals of `block` dimensions: 16 numbers a thread."
     return min(16, max(4, rows * block // 512))
 
 # %% ../nbs/01_kernels.ipynb #70edc025
