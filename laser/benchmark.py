@@ -311,9 +311,10 @@ def plot_times(
     multiples = wide.div(wide["VQ torch"], axis=0).groupby(level="case", sort=False).median().drop(columns="product")
     cases, ours = list(multiples.index), multiples["OMP"]
     colour = {"VQ torch": COLORS["vq"], "VQ": COLORS["vq"], "OMP": COLORS["dl"], "ORMP": "#882211"}
+    others = {"OMP torch": "#777777", "SPAMS": "#009E73", "scikit-learn": "#E69F00", "batched OMP": "#000000", "VQ library": "#CC79A7"}
     fig, ax = plt.subplots(figsize=(9, 0.9 + 0.55 * len(cases)), layout="constrained")
     for name in multiples:
-        ax.scatter(multiples[name], range(len(cases)), s=36, color=colour.get(name, "#777777" if name == "OMP torch" else None), label=name, alpha=0.85,
+        ax.scatter(multiples[name], range(len(cases)), s=36, color=(colour | others)[name], label=name, alpha=0.85,
                    marker="|" if name == "VQ torch" else "o" if name in colour else "s", zorder=3 if name in colour else 2)
     ax.set(xscale="log", yticks=range(len(cases)), yticklabels=cases, xlabel="time, as a multiple of the VQ lookup (logarithmic)", ylim=(len(cases) - 0.5, -0.5),
            title=f"OMP takes {ours.min():.1f} to {ours.max():.1f} times as long as a codebook lookup")
