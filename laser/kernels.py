@@ -885,7 +885,7 @@ def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
 # %% ../nbs/01_kernels.ipynb #0082
 @torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
 def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
-    return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
+    with torch.autocast("cpu", enabled=False): return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
 
 # %% ../nbs/01_kernels.ipynb #0083
 @_pursuit_op.register_fake
@@ -958,6 +958,17 @@ def _nearest_parallel(correlations, half, nearest, tile):
     for t in prange((rows + tile - 1) // tile):
         _nearest_rows(correlations, half, nearest, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
 
+# %% ../nbs/01_kernels.ipynb #70edc025
+@contextmanager
+def _product_precision(tf32):
+    "float32 products on CUDA with all bits, or in TF32, whatever torch has been told elsewhere."
+    matmul = torch.backends.cuda.matmul
+    name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", tf32)
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
+    try: yield
+    finally: setattr(matmul, name, before)
+
 # %% ../nbs/01_kernels.ipynb #0124
 @torch.library.custom_op("laser::nearest_entry", mutates_args=())
 def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
@@ -971,7 +982,8 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
             c = torch.mm(z[i:i + rows], entries, out=buffer[:len(z) - i])
             _run(_nearest_parallel, _nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
         else:
-            nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
+            with _product_precision(False), torch.autocast(z.device.type, enabled=False):
+                nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
 # %% ../nbs/01_kernels.ipynb #0125
@@ -1012,7 +1024,7 @@ def _scaling_kernel():
         tl.store(SCALE + b, scale, mask=b < B)
         tl.store(ENERGY + b, energy, mask=b < B)
 
-    return triton.jit(scaling)
+    return triton.jit(scaling, do_not_specialize=["B"])
 
 # %% ../nbs/01_kernels.ipynb #7b5ef054
 @functools.cache
@@ -1034,7 +1046,7 @@ def _fused_kernel():
         free = inside
         support, coefficient = tl.zeros([BLOCK_S], tl.int32), tl.zeros([BLOCK_S], tl.float32)
         inverse = tl.zeros([BLOCK_S, BLOCK_S], tl.float32)
-        n, doubt, active = 0, energy < 0, energy > 0
+        n, doubt, active = 0, energy < 0, (energy > 0) & (energy < 1e38)  # what is not finite gets no code
         while active:
             score, limit = tl.abs(c), floor * norm
             if RULE == 1:
@@ -1042,6 +1054,7 @@ def _fused_kernel():
                 score, limit = tl.where(left > risky, score, bonus * score), limit * limit
             if RULE == 2: score, limit = tl.where(free & (score > limit * tl.sqrt(left)), score, 0.0), 0.0
             top, pick = tl.max(score, axis=0, return_indices=True)
+            pick = tl.minimum(pick, K - 1)
             active = (top > limit) & (remaining > enough)
             correlation = tl.sum(tl.where(k == pick, c, 0.0), axis=0)
             own, here = tl.load(DIAGONAL + pick), s == tl.where(active, n, -1)
@@ -1120,7 +1133,7 @@ def _streaming_kernel():
             tl.store(RESIDUAL + mine, r, mask=(m < M)[None, :])
             tl.debug_barrier()
             limit = floor * tl.sqrt(tl.sum(r * r, axis=1))
-            enough = tl.where(tol > 0, tol * (scale * scale).to(real), -1.0)
+            enough = tl.where(tol > 0, tol * scale.to(real) * scale.to(real), -1.0)
             support, rejected = tl.full([BLOCK_B, BLOCK_S], -1, tl.int32), tl.full([BLOCK_B, BLOCK_S], -1, tl.int32)
             along = tl.zeros([BLOCK_B, BLOCK_S], real)
             corner = (patch[:, None] * S + s[None, :]) * S  # rows of R, the triangle of the QR factorisation
@@ -1206,7 +1219,7 @@ def _streaming_kernel():
             tl.store(VALUES + row[:, None] * S + s[None, :], tl.where(support >= 0, (coefficient / scale[:, None]).to(tl.float32), 0.0), mask=keep)
             if LISTED == 0: tl.store(DOUBT + row, doubt, mask=live)
 
-    return triton.jit(streaming)
+    return triton.jit(streaming, do_not_specialize=["B", "programs"])
 
 # %% ../nbs/01_kernels.ipynb #0137
 def _power_of_two(n, least=1):
@@ -1221,17 +1234,6 @@ def _fused_warps(block):
 def _streaming_warps(rows, block):
     "Warps for `rows` signals of `block` dimensions: 16 numbers a thread."
     return min(16, max(4, rows * block // 512))
-
-# %% ../nbs/01_kernels.ipynb #70edc025
-@contextmanager
-def _product_precision(tf32):
-    "float32 products on CUDA with all bits, or in TF32, whatever torch has been told elsewhere."
-    matmul = torch.backends.cuda.matmul
-    name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", tf32)
-    before = getattr(matmul, name)
-    setattr(matmul, name, wanted)
-    try: yield
-    finally: setattr(matmul, name, before)
 
 # %% ../nbs/01_kernels.ipynb #0138
 def _stream(signals, dictionary, rule, tol, indices, values, doubt, tf32=False, listed=False):
@@ -1255,7 +1257,7 @@ def _stream(signals, dictionary, rule, tol, indices, values, doubt, tf32=False, 
 def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
     "Chunk by chunk: scaling, the product by cuBLAS, and the pursuit."
     (B, M), K, S, limits = signals.shape, dictionary.shape[1], indices.shape[1], _limits(torch.float32, torch.float32)
-    gram, rows = _gram_float32(dictionary), min(B, max(1024, 2**25 // K))
+    gram, rows = _gram_float32(dictionary), min(B, max(1024, 2**25 // max(K, M)))
     diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
     scale, energy, correlations = (torch.empty(*shape, device=signals.device) for shape in ((rows,), (rows,), (rows, K)))
     block = _power_of_two(K, 32)
@@ -1275,8 +1277,9 @@ def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32):
     values = torch.empty(B, sparsity, dtype=torch.float32, device=signals.device)
     doubt = torch.empty(B, dtype=torch.int32, device=signals.device)
     if B == 0: return indices, values
-    (_stream if stream else _fused)(signals, dictionary, rule, tol, indices, values, doubt, tf32)
-    if not tf32: _stream(signals, dictionary, rule, tol, indices, values, doubt, listed=True)
+    with torch.cuda.device_of(signals):  # Triton launches on the current device
+        (_stream if stream else _fused)(signals, dictionary, rule, tol, indices, values, doubt, tf32)
+        _stream(signals, dictionary, rule, tol, indices, values, doubt, listed=True)
     return indices, values
 
 # %% ../nbs/01_kernels.ipynb #0139
@@ -1287,7 +1290,7 @@ def _gram_float32(dictionary):
 # %% ../nbs/01_kernels.ipynb #0140
 @torch.library.custom_op("laser::pursuit_triton", mutates_args=())
 def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
+    with torch.autocast(signals.device.type, enabled=False): return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
 
 # %% ../nbs/01_kernels.ipynb #0141
 @_pursuit_triton_op.register_fake

@@ -227,7 +227,8 @@ def batch_omp(
     dtype = signals.dtype
     if dtype in (torch.float16, torch.bfloat16): signals, dictionary = signals.float(), dictionary.float()
     code = _backend(backend, signals, diversity)
-    indices, values = code(signals, dictionary, int(sparsity), method=method, tol=float(tol), diversity=float(diversity))
+    with torch.autocast(signals.device.type, enabled=False):
+        indices, values = code(signals, dictionary, int(sparsity), method=method, tol=float(tol), diversity=float(diversity))
     return SparseCode(indices, values.to(dtype))
 
 # %% ../nbs/02_sparse_coding.ipynb #0043
