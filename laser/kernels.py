@@ -9,7 +9,7 @@ __all__ = ['chunk_rows', 'omp_numba', 'count_differences', 'nearest_entry', 'omp
 import functools
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numba
@@ -882,10 +882,15 @@ def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
     elif B: _code(signals, dictionary, rule, tol, indices, values)
     return indices, values
 
+# %% ../nbs/01_kernels.ipynb #80f8061f
+def _no_autocast(kind):
+    "A context without autocast on this kind of device; no context at all where there was none."
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
 # %% ../nbs/01_kernels.ipynb #0082
 @torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
 def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast("cpu", enabled=False): return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
+    with _no_autocast("cpu"): return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
 
 # %% ../nbs/01_kernels.ipynb #0083
 @_pursuit_op.register_fake
@@ -982,7 +987,7 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
             c = torch.mm(z[i:i + rows], entries, out=buffer[:len(z) - i])
             _run(_nearest_parallel, _nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
         else:
-            with _product_precision(False), torch.autocast(z.device.type, enabled=False):
+            with _product_precision(False), _no_autocast(z.device.type):
                 nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
@@ -1290,7 +1295,7 @@ def _gram_float32(dictionary):
 # %% ../nbs/01_kernels.ipynb #0140
 @torch.library.custom_op("laser::pursuit_triton", mutates_args=())
 def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    with torch.autocast(signals.device.type, enabled=False): return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
+    with _no_autocast(signals.device.type): return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
 
 # %% ../nbs/01_kernels.ipynb #0141
 @_pursuit_triton_op.register_fake
