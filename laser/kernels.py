@@ -740,6 +740,13 @@ _pool = threading.Lock()
 _forked = threading.Event()
 os.register_at_fork(after_in_child=_forked.set)
 
+def _product(a, b, out=None):
+    "a @ b on the CPU; in a forked process by numpy, because MKL may hang there."
+    if not _forked.is_set(): return torch.mm(a, b, out=out)
+    if out is None: out = a.new_empty(len(a), b.shape[1])
+    np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+    return out
+
 # %% ../nbs/01_kernels.ipynb #0067
 def _run(parallel, kernel, rows, *args, tile=64):
     "Call the parallel build with torch's number of threads if the pool is free, else the kernel itself on all rows."
@@ -767,25 +774,25 @@ class _Chunk:
         self.eligible, self.risky = limits.eligible, limits.risky if arithmetic == torch.float32 else 0.0
         self.basis = torch.zeros(n, S if rule != 2 else 0, M, dtype=torch.float64)
         self.triangle, self.along = torch.empty(n, S, S, dtype=torch.float64), torch.zeros(n, S, dtype=torch.float64)
-        self.correlations = self.residual.to(arithmetic) @ dictionary
+        self.correlations = _product(self.residual.to(arithmetic), dictionary)
         self.score = torch.empty_like(self.correlations) if rule == 1 else self.correlations
         self.left = norms.square().repeat(n if rule == 1 else 0, 1)
         self.state = [t.numpy() for t in (dictionary, self.residual, self.basis, self.triangle, self.along)]
 
     def replay(self, steps):
         _replay_rows(self.rule, steps, *self.state, self.indices.numpy(), 0, len(self.residual))
-        torch.mm(self.residual.to(self.dictionary.dtype), self.dictionary, out=self.correlations)
+        _product(self.residual.to(self.dictionary.dtype), self.dictionary, self.correlations)
         if self.rule == 1:
             for s in range(steps): self.shrink(s)
 
     def shrink(self, s):
         "Take direction s out of what is left of every atom; the atoms' projections on it stay in `score`."
-        torch.mm(self.basis[:, s].to(self.left.dtype), self.dictionary, out=self.score)
+        _product(self.basis[:, s].to(self.left.dtype), self.dictionary, self.score)
         self.left.addcmul_(self.score, self.score, value=-1)
 
     def advance(self, s):
         "Bring the correlations up to date after step s."
-        if self.rule != 1: return torch.mm(self.residual.to(self.dictionary.dtype), self.dictionary, out=self.correlations)
+        if self.rule != 1: return _product(self.residual.to(self.dictionary.dtype), self.dictionary, self.correlations)
         self.shrink(s)
         self.correlations.addcmul_(self.score, self.along[:, s, None].to(self.left.dtype), value=-1)
 
@@ -835,12 +842,12 @@ def chunk_rows(
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
     B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
-    gram, rows, limits = dictionary.T @ dictionary, chunk_rows(K), _limits(signals.dtype, arithmetic)
+    gram, rows, limits = _product(dictionary.T, dictionary), chunk_rows(K), _limits(signals.dtype, arithmetic)
     kernels = ((_omp_parallel, _omp_rows), (_ormp_parallel, _ormp_rows), (_mp_parallel, _mp_rows))[rule]
     buffer = torch.empty(min(rows, B), K, dtype=arithmetic)
     for i in range(0, B, rows):
         x = signals[i:i + rows].to(arithmetic)
-        correlations = torch.mm(x, dictionary, out=buffer[:len(x)])
+        correlations = _product(x, dictionary, buffer[:len(x)])
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
         _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
@@ -984,7 +991,7 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     buffer = z.new_empty(min(rows, len(z)), K) if on_cpu else None
     for i in range(0, len(z), rows):
         if on_cpu:
-            c = torch.mm(z[i:i + rows], entries, out=buffer[:len(z) - i])
+            c = _product(z[i:i + rows], entries, buffer[:len(z) - i])
             _run(_nearest_parallel, _nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
         else:
             with _product_precision(False), _no_autocast(z.device.type):

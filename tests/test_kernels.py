@@ -39,6 +39,34 @@ def test_scaling_a_signal_scales_its_code(method, dtype):
         assert torch.equal(i, indices) and torch.allclose(v / 2.0**power, values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_forked_after_threads_code_as_their_parent_does(threads):
+    script = f"""
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from laser.kernels import nearest_entry, omp_numba
+from laser.pursuit import normalize_atoms
+torch.set_num_threads({threads})
+generator = torch.Generator().manual_seed(0)
+x, D = torch.randn(300, 40, generator=generator), normalize_atoms(torch.randn(40, 90, generator=generator))
+wide = normalize_atoms(torch.randn(16, 9000, generator=generator))
+calls = [lambda: omp_numba(x, D, 5)[0], lambda: omp_numba(x, D, 5, method="ormp")[0], lambda: omp_numba(x.double(), D.double(), 5)[0],
+         lambda: omp_numba(x[:40, :16], wide, 3)[0], lambda: omp_numba(x, D, 5, diversity=0.01)[0], lambda: nearest_entry(x, D.T.contiguous())]
+wholes = [call() for call in calls]
+class Codes(torch.utils.data.Dataset):
+    def __len__(self): return len(calls)
+    def __getitem__(self, i): return calls[i]()
+for _ in range(5):
+    with ThreadPoolExecutor(4) as pool: results = list(pool.map(lambda i: calls[i % len(calls)](), range(4 * len(calls))))
+    assert all(torch.equal(result, wholes[i % len(calls)]) for i, result in enumerate(results))
+    workers = torch.utils.data.DataLoader(Codes(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=100)
+    assert all(torch.equal(*pair) for pair in zip(workers, wholes, strict=True))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize("B, M, K, S, method", [(300_000, 3, 16, 4, "ormp"), (100_000, 64, 512, 3, "ormp"), (600, 16, 9000, 3, "ormp"), (600, 16, 9000, 3, "omp")])
 def test_working_memory_stays_under_256_mb(B, M, K, S, method):
