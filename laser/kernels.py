@@ -880,30 +880,38 @@ def _code(signals, dictionary, rule, tol, indices, values):
             _code(signals[again], dictionary.double(), rule, tol, k, v)
         indices[again], values[again] = k, v
 
-# %% ../nbs/01_kernels.ipynb #0077
-def _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity):
-    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
-    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
-    indices, values = torch.empty(B, sparsity, dtype=torch.int64), torch.empty(B, sparsity, dtype=signals.dtype)
-    if B and diversity: _stepwise(signals, dictionary, rule, tol, diversity, indices, values, torch.zeros(B, dtype=torch.bool))
-    elif B: _code(signals, dictionary, rule, tol, indices, values)
-    return indices, values
-
 # %% ../nbs/01_kernels.ipynb #80f8061f
+_libraries = {}
+
+def _register(kernel, fake, device):
+    "Make `kernel` the operator laser::<its name>, for one kind of device or for all (CompositeExplicitAutograd)."
+    name = kernel.__name__.strip("_")
+    _libraries.pop(name, None)  # a cell may run again
+    library = _libraries[name] = torch.library.Library("laser", "FRAGMENT")
+    library.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    library.impl(name, kernel, device)
+    torch.library.register_fake(f"laser::{name}", fake, lib=library)
+
 def _no_autocast(kind):
     "A context without autocast on this kind of device; no context at all where there was none."
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 # %% ../nbs/01_kernels.ipynb #0082
-@torch.library.custom_op("laser::pursuit_cpu", mutates_args=(), device_types="cpu")
-def _pursuit_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
-    with _no_autocast("cpu"): return _pursuit_cpu(signals, dictionary, sparsity, method, tol, diversity)
+def _pursuit_cpu(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
+    signals, dictionary = signals.contiguous(), dictionary.contiguous()
+    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
+    indices, values = torch.empty(B, sparsity, dtype=torch.int64), torch.empty(B, sparsity, dtype=signals.dtype)
+    with _no_autocast("cpu"):
+        if B and diversity: _stepwise(signals, dictionary, rule, tol, diversity, indices, values, torch.zeros(B, dtype=torch.bool))
+        elif B: _code(signals, dictionary, rule, tol, indices, values)
+    return indices, values
 
 # %% ../nbs/01_kernels.ipynb #0083
-@_pursuit_op.register_fake
-def _(signals, dictionary, sparsity, method, tol, diversity):
+def _pursuit_fake(signals, dictionary, sparsity, *options):
     shape = (signals.shape[0], sparsity)
     return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
+
+_register(_pursuit_cpu, _pursuit_fake, "CPU")
 
 # %% ../nbs/01_kernels.ipynb #0084
 def omp_numba(
@@ -917,7 +925,7 @@ def omp_numba(
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
     "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises what `check_problem` raises; the numbers themselves are not read."
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
-    return torch.ops.laser.pursuit_cpu(signals, dictionary, int(sparsity), method, float(tol), float(diversity))
+    return torch.ops.laser.pursuit_cpu(signals.detach(), dictionary.detach(), int(sparsity), method, float(tol), float(diversity))
 
 # %% ../nbs/01_kernels.ipynb #0088
 def count_differences(
@@ -982,8 +990,7 @@ def _product_precision(tf32):
     finally: setattr(matmul, name, before)
 
 # %% ../nbs/01_kernels.ipynb #0124
-@torch.library.custom_op("laser::nearest_entry", mutates_args=())
-def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
+def _nearest_entry(z: Tensor, codebook: Tensor) -> Tensor:
     K, on_cpu = len(codebook), z.device.type == "cpu"
     z, entries, half = z.contiguous(), codebook.T, codebook.square().sum(1) / 2
     nearest = torch.empty(len(z), dtype=torch.int64, device=z.device)
@@ -999,9 +1006,7 @@ def _nearest_op(z: Tensor, codebook: Tensor) -> Tensor:
     return nearest
 
 # %% ../nbs/01_kernels.ipynb #0125
-@_nearest_op.register_fake
-def _(z, codebook):
-    return z.new_empty(z.shape[0], dtype=torch.int64)
+_register(_nearest_entry, lambda z, codebook: z.new_empty(z.shape[0], dtype=torch.int64), "CompositeExplicitAutograd")
 
 # %% ../nbs/01_kernels.ipynb #0126
 def nearest_entry(
@@ -1281,15 +1286,15 @@ def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
                               limits.bonus, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
 
 # %% ../nbs/01_kernels.ipynb #bcec7137
-def _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32):
+def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     "One of the two kernels on all signals, then float64 on those in doubt. No synchronisation with the host."
-    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
+    signals, dictionary = signals.contiguous(), dictionary.contiguous()
     B, rule = len(signals), ("omp", "ormp", "mp").index(method)
     indices = torch.empty(B, sparsity, dtype=torch.int64, device=signals.device)
     values = torch.empty(B, sparsity, dtype=torch.float32, device=signals.device)
     doubt = torch.empty(B, dtype=torch.int32, device=signals.device)
     if B == 0: return indices, values
-    with torch.cuda.device_of(signals):  # Triton launches on the current device
+    with _no_autocast(signals.device.type), torch.cuda.device_of(signals):  # Triton launches on the current device
         (_stream if stream else _fused)(signals, dictionary, rule, tol, indices, values, doubt, tf32)
         _stream(signals, dictionary, rule, tol, indices, values, doubt, listed=True)
     return indices, values
@@ -1300,15 +1305,7 @@ def _gram_float32(dictionary):
     return (dictionary.double().T @ dictionary.double()).float()
 
 # %% ../nbs/01_kernels.ipynb #0140
-@torch.library.custom_op("laser::pursuit_triton", mutates_args=())
-def _pursuit_triton_op(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    with _no_autocast(signals.device.type): return _pursuit_triton(signals, dictionary, sparsity, method, tol, stream, tf32)
-
-# %% ../nbs/01_kernels.ipynb #0141
-@_pursuit_triton_op.register_fake
-def _(signals, dictionary, sparsity, method, tol, stream, tf32):
-    shape = (signals.shape[0], sparsity)
-    return signals.new_empty(shape, dtype=torch.int64), signals.new_empty(shape)
+_register(_pursuit_triton, _pursuit_fake, "CompositeExplicitAutograd")
 
 # %% ../nbs/01_kernels.ipynb #0142
 def omp_triton(
@@ -1329,4 +1326,4 @@ def omp_triton(
     if not signals.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, start Python with TRITON_INTERPRET=1 in the environment")
     stream = dictionary.shape[1] > 8192 if stream is None else stream
-    return torch.ops.laser.pursuit_triton(signals, dictionary, int(sparsity), method, float(tol), stream, tf32)
+    return torch.ops.laser.pursuit_triton(signals.detach(), dictionary.detach(), int(sparsity), method, float(tol), stream, tf32)
