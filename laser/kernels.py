@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -24,8 +25,7 @@ from .pursuit import check_problem, compare_supports, correlation_floor, eligibl
 
 # %% ../nbs/01_kernels.ipynb #0006
 _options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals())
-_only_prange = dict(prange=True, comprehension=False, reduction=False, inplace_binop=False, setitem=False, numpy=False, stencil=False, fusion=False)  # compiles faster
-_jit, _parallel_jit = njit(**_options), njit(parallel=_only_prange, **_options)
+_jit = njit(**_options)
 
 # %% ../nbs/01_kernels.ipynb #0008
 @intrinsic
@@ -419,27 +419,6 @@ def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful
         doubtful[b] = doubt
         for j in range(n, S): indices[b, j], values[b, j] = -1, 0
 
-# %% ../nbs/01_kernels.ipynb #0042
-@_parallel_jit
-def _omp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
-    rows = correlations.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
-# %% ../nbs/01_kernels.ipynb #0043
-@_parallel_jit
-def _ormp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
-    rows = correlations.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
-# %% ../nbs/01_kernels.ipynb #0044
-@_parallel_jit
-def _mp_parallel(signals, correlations, gram, tol, limits, indices, values, doubtful, tile):
-    rows = correlations.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
 # %% ../nbs/01_kernels.ipynb #0046
 _LANES = 64
 
@@ -627,13 +606,6 @@ def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, do
         for n in range(S):
             for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
 
-# %% ../nbs/01_kernels.ipynb #0058
-@_parallel_jit
-def _lane_parallel(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, tile):
-    rows = signals.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
 # %% ../nbs/01_kernels.ipynb #0060
 @_jit
 def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible):
@@ -727,13 +699,47 @@ def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
             values[b, i] = along[b, i] / scale[b]
         for i in range(n, S): values[b, i] = 0
 
-# %% ../nbs/01_kernels.ipynb #0064
-@_parallel_jit
-def _step_parallel(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, tile):
-    rows = correlations.shape[0]
+# %% ../nbs/01_kernels.ipynb #61be2e25
+@intrinsic
+def _pack(typingctx, args):
+    "Address of a tuple, as long as the function around this runs: a parallel loop takes no tuple inside a tuple."
+    def build(context, builder, signature, values):
+        place = cgutils.alloca_once(builder, context.get_data_type(args))
+        context.pack_value(builder, args, values[0], place)
+        return place
+    return types.CPointer(args)(args), build
+
+@intrinsic
+def _call(typingctx, address, packed, lo, hi):
+    "Call the compiled kernel at an address as kernel(*args, lo, hi); the types must be those it was compiled for."
+    kinds = (*packed.dtype.types, lo, hi)
+    def build(context, builder, signature, values):
+        kernel = builder.inttoptr(values[0], context.call_conv.get_function_type(types.void, kinds).as_pointer())
+        args = cgutils.unpack_tuple(builder, context.unpack_value(builder, packed.dtype, values[1]))
+        context.call_conv.call_function(builder, kernel, types.void, kinds, [*args, *values[2:]])
+        return context.get_dummy_value()
+    return types.void(address, packed, lo, hi), build
+
+_only_prange = dict(prange=True, comprehension=False, reduction=False, inplace_binop=False, setitem=False, numpy=False, stencil=False, fusion=False)  # compiles faster
+
+@njit(parallel=_only_prange, **_options)
+def _spread(address, rows, tile, *args):
+    packed = _pack(args)
     for t in prange((rows + tile - 1) // tile):
-        _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky,
-                   indices, doubtful, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        _call(address, packed, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+
+_addresses = {}
+
+def _address(kernel, args):
+    "Where the build of a kernel for arguments of these types lies in memory."
+    key = kernel, *((a.dtype, a.ndim, a.flags.num) if isinstance(a, np.ndarray) else type(a) for a in args)
+    if key not in _addresses:
+        kinds = (*map(numba.typeof, args), types.int64, types.int64)
+        kernel.compile(kinds)
+        build = kernel.overloads[kinds]
+        assert build.signature.return_type == types.void
+        _addresses[key] = build.library.get_pointer_to_function(build.fndesc.llvm_func_name)
+    return _addresses[key]
 
 # %% ../nbs/01_kernels.ipynb #0066
 _pool = threading.Lock()
@@ -748,15 +754,15 @@ def _product(a, b, out=None):
     return out
 
 # %% ../nbs/01_kernels.ipynb #0067
-def _run(parallel, kernel, rows, *args, tile=64):
-    "Call the parallel build with torch's number of threads if the pool is free, else the kernel itself on all rows."
+def _run(kernel, rows, *args, tile=64):
+    "Spread a kernel over torch's number of threads if the pool is free, else call it on all rows."
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if threads == 1 or rows <= tile or _forked.is_set() or not _pool.acquire(blocking=False):
         return kernel(*args, 0, rows)
     try:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        parallel(*args, tile)
+        _spread(_address(kernel, args), rows, tile, *args)
         numba.set_num_threads(before)
     finally:
         _pool.release()
@@ -798,7 +804,7 @@ class _Chunk:
 
     def step(self, s, bonus):
         around = [t.numpy() for t in (self.correlations, self.left, self.score, bonus, self.scale, self.norms, self.limit, self.noise, self.enough)]
-        _run(_step_parallel, _step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy(), tile=256)
+        _run(_step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy(), tile=256)
 
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
@@ -843,13 +849,13 @@ def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
     B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
     gram, rows, limits = _product(dictionary.T, dictionary), chunk_rows(K), _limits(signals.dtype, arithmetic)
-    kernels = ((_omp_parallel, _omp_rows), (_ormp_parallel, _ormp_rows), (_mp_parallel, _mp_rows))[rule]
+    kernel = (_omp_rows, _ormp_rows, _mp_rows)[rule]
     buffer = torch.empty(min(rows, B), K, dtype=arithmetic)
     for i in range(0, B, rows):
         x = signals[i:i + rows].to(arithmetic)
         correlations = _product(x, dictionary, buffer[:len(x)])
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
-        _run(*kernels, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
+        _run(kernel, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
 # %% ../nbs/01_kernels.ipynb #0074
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
@@ -859,7 +865,7 @@ def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
     atoms[:K, :M] = dictionary.T
     arrays = [t.numpy() for t in (indices, values, doubtful)]
     recursive, wide = (True if rule == 1 else None), (True if M > 4 else None)
-    _run(_lane_parallel, _lane_rows, len(signals), recursive, wide, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
+    _run(_lane_rows, len(signals), recursive, wide, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
 
 # %% ../nbs/01_kernels.ipynb #0076
 def _code(signals, dictionary, rule, tol, indices, values):
@@ -971,13 +977,6 @@ def _nearest_rows(correlations, half, nearest, lo, hi):
     K = correlations.shape[1]
     for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
 
-# %% ../nbs/01_kernels.ipynb #0123
-@_parallel_jit
-def _nearest_parallel(correlations, half, nearest, tile):
-    rows = correlations.shape[0]
-    for t in prange((rows + tile - 1) // tile):
-        _nearest_rows(correlations, half, nearest, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-
 # %% ../nbs/01_kernels.ipynb #70edc025
 @contextmanager
 def _product_precision(tf32):
@@ -999,7 +998,7 @@ def _nearest_entry(z: Tensor, codebook: Tensor) -> Tensor:
     for i in range(0, len(z), rows):
         if on_cpu:
             c = _product(z[i:i + rows], entries, buffer[:len(z) - i])
-            _run(_nearest_parallel, _nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
+            _run(_nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
         else:
             with _product_precision(False), _no_autocast(z.device.type):
                 nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
