@@ -887,13 +887,13 @@ def _code(signals, dictionary, rule, tol, indices, values):
         indices[again], values[again] = k, v
 
 # %% ../nbs/01_kernels.ipynb #80f8061f
-_libraries = {}
-
 def _register(kernel, fake, device):
-    "Make `kernel` the operator laser::<its name>, for one kind of device or for all (CompositeExplicitAutograd)."
-    name = kernel.__name__.strip("_")
-    _libraries.pop(name, None)  # a cell may run again
-    library = _libraries[name] = torch.library.Library("laser", "FRAGMENT")
+    """Make `kernel` the operator laser::<its name>, for one kind of device or for all (CompositeExplicitAutograd).
+    The last one to register counts: a cell that runs again, or this notebook beside the package."""
+    name, operators = kernel.__name__.strip("_"), vars(torch.ops.laser)
+    libraries = operators.setdefault("_libraries", {})  # kept with the operators, for the whole process
+    if libraries.pop(name, None): operators.pop(name, None)
+    library = libraries[name] = torch.library.Library("laser", "FRAGMENT")
     library.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
     library.impl(name, kernel, device)
     torch.library.register_fake(f"laser::{name}", fake, lib=library)

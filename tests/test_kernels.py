@@ -67,6 +67,25 @@ for _ in range(5):
     assert run.returncode == 0, run.stderr
 
 
+def test_operators_may_be_registered_again():
+    "Notebook 01 defines the operators of the package once more when both run in one process, as while the site's pages are built."
+    script = """
+import torch
+import laser.kernels as package
+generator = torch.Generator().manual_seed(0)
+x, D = torch.randn(50, 8, generator=generator), torch.nn.functional.normalize(torch.randn(8, 20, generator=generator), dim=0)
+codes, nearest = package.omp_numba(x, D, 3)[0], package.nearest_entry(x, D.T)
+notebook = {"__name__": "notebook", "__package__": "laser"}
+for _ in range(2):
+    exec(compile(open(package.__file__).read(), package.__file__, "exec"), notebook)
+    for module in (vars(package), notebook):
+        assert torch.equal(module["omp_numba"](x, D, 3)[0], codes) and torch.equal(module["nearest_entry"](x, D.T), nearest)
+assert torch.equal(torch.compile(notebook["omp_numba"], fullgraph=True, backend="eager")(x, D, 3)[0], codes)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize("B, M, K, S, method", [(300_000, 3, 16, 4, "ormp"), (100_000, 64, 512, 3, "ormp"), (600, 16, 9000, 3, "ormp"), (600, 16, 9000, 3, "omp")])
 def test_working_memory_stays_under_256_mb(B, M, K, S, method):
