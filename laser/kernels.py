@@ -7,6 +7,7 @@ __all__ = ['chunk_rows', 'omp_numba', 'count_differences', 'nearest_entry', 'omp
 
 # %% ../nbs/01_kernels.ipynb #0003
 import functools
+import importlib.util
 import os
 import threading
 from contextlib import contextmanager, nullcontext
@@ -24,7 +25,13 @@ from torch import Tensor
 from .pursuit import check_problem, compare_supports, correlation_floor, eligible_norm, power_of_two_scale, pursuit
 
 # %% ../nbs/01_kernels.ipynb #0006
-_options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals())
+def _can_cache():
+    "Has Numba a folder to keep compiled kernels in? (It refuses to define a function that it could not keep.)"
+    try: njit(cache=True)(_can_cache)
+    except RuntimeError: return False
+    return True
+
+_options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals() and _can_cache())
 _jit = njit(**_options)
 
 # %% ../nbs/01_kernels.ipynb #0008
@@ -51,6 +58,11 @@ def _at(typingctx, pointer, offset):
     def build(context, builder, signature, args):
         return builder.gep(args[0], [args[1]])
     return pointer(pointer, types.intp), build
+
+# %% ../nbs/01_kernels.ipynb #a50070a1
+@_jit
+def _keep(*arrays):
+    "Nothing; the arrays live until here."
 
 # %% ../nbs/01_kernels.ipynb #0014
 @intrinsic
@@ -241,6 +253,7 @@ def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtfu
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
             values[b, j] = coefficient[j] if j < n else 0
+    _keep(numbers, whole, small)
 
 # %% ../nbs/01_kernels.ipynb #0034
 @_jit
@@ -389,6 +402,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
             values[b, j] = coefficient[j] if j < n else 0
+    _keep(numbers, whole, small)
 
 # %% ../nbs/01_kernels.ipynb #0040
 @_jit
@@ -418,6 +432,7 @@ def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful
             if n < S: _subtract_rows(K, c, (_at(g, k * K),), (real(value),))
         doubtful[b] = doubt
         for j in range(n, S): indices[b, j], values[b, j] = -1, 0
+    _keep(work)
 
 # %% ../nbs/01_kernels.ipynb #0046
 _LANES = 64
@@ -605,6 +620,7 @@ def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, do
         for i in range(steps * L, S * L): support[i], along[i] = -1, 0
         for n in range(S):
             for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
+    _keep(numbers, whole)
 
 # %% ../nbs/01_kernels.ipynb #0060
 @_jit
@@ -711,22 +727,23 @@ def _pack(typingctx, args):
 
 @intrinsic
 def _call(typingctx, address, packed, lo, hi):
-    "Call the compiled kernel at an address as kernel(*args, lo, hi); the types must be those it was compiled for."
+    "Call the compiled kernel at an address as kernel(*args, lo, hi); the types must be those it was compiled for. 1 if it failed, else 0."
     kinds = (*packed.dtype.types, lo, hi)
     def build(context, builder, signature, values):
         kernel = builder.inttoptr(values[0], context.call_conv.get_function_type(types.void, kinds).as_pointer())
         args = cgutils.unpack_tuple(builder, context.unpack_value(builder, packed.dtype, values[1]))
-        context.call_conv.call_function(builder, kernel, types.void, kinds, [*args, *values[2:]])
-        return context.get_dummy_value()
-    return types.void(address, packed, lo, hi), build
+        status, _ = context.call_conv.call_function(builder, kernel, types.void, kinds, [*args, *values[2:]])
+        return builder.zext(status.is_error, ir.IntType(64))
+    return types.int64(address, packed, lo, hi), build
 
 _only_prange = dict(prange=True, comprehension=False, reduction=False, inplace_binop=False, setitem=False, numpy=False, stencil=False, fusion=False)  # compiles faster
 
 @njit(parallel=_only_prange, **_options)
 def _spread(address, rows, tile, *args):
-    packed = _pack(args)
+    packed, failed = _pack(args), 0
     for t in prange((rows + tile - 1) // tile):
-        _call(address, packed, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+        failed += _call(address, packed, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
+    return failed
 
 _addresses = {}
 
@@ -744,7 +761,7 @@ def _address(kernel, args):
 # %% ../nbs/01_kernels.ipynb #0066
 _pool = threading.Lock()
 _forked = threading.Event()
-os.register_at_fork(after_in_child=_forked.set)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_forked.set)
 
 def _product(a, b, out=None):
     "a @ b on the CPU; in a forked process by numpy, because MKL may hang there."
@@ -759,13 +776,14 @@ def _run(kernel, rows, *args, tile=64):
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if threads == 1 or rows <= tile or _forked.is_set() or not _pool.acquire(blocking=False):
         return kernel(*args, 0, rows)
+    before = numba.get_num_threads()
     try:
-        before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        _spread(_address(kernel, args), rows, tile, *args)
-        numba.set_num_threads(before)
+        failed = _spread(_address(kernel, args), rows, tile, *args)
     finally:
+        numba.set_num_threads(before)
         _pool.release()
+    if failed: raise MemoryError("no memory for a kernel's own arrays, which grow with the number of atoms and the square of the sparsity; use fewer")
 
 # %% ../nbs/01_kernels.ipynb #0069
 class _Chunk:
@@ -872,7 +890,7 @@ def _code(signals, dictionary, rule, tol, indices, values):
     "Codes without diversity, in the precision of the dictionary; doubtful signals again, in float64."
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
     doubtful = torch.zeros(B, dtype=torch.bool)
-    lanes = M <= 16 and M * K <= 4096 and rule != 2
+    lanes = M <= 16 and M * K <= 4096 and S <= 16 and rule != 2
     stepwise = not lanes and (K * K * dictionary.dtype.itemsize > 2**28 or B * S < K)
     if lanes: _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful)
     elif stepwise: _stepwise(signals, dictionary, rule, tol, 0.0, indices, values, doubtful)
@@ -929,8 +947,10 @@ def omp_numba(
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # weight of the bonus for atoms used less than average in this call
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
-    "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises what `check_problem` raises; the numbers themselves are not read."
+    "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises as `check_problem` does, and for another device or dtype; the numbers themselves are not read."
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
+    if signals.device.type != "cpu": raise ValueError(f"omp_numba works on the CPU, and the signals are on {signals.device}; use batch_omp, which goes by the device")
+    if signals.dtype not in (torch.float32, torch.float64): raise TypeError(f"omp_numba works in float32 and float64, got {signals.dtype}; call .float() first")
     return torch.ops.laser.pursuit_cpu(signals.detach(), dictionary.detach(), int(sparsity), method, float(tol), float(diversity))
 
 # %% ../nbs/01_kernels.ipynb #0088
@@ -942,7 +962,7 @@ def count_differences(
     tol: float = 0.0,  # as the supports were made
     chunk: int = 2048,  # signals a time
 ) -> tuple[int, int]:  # supports that differ from the float64 reference, and those of them that are near-ties
-    "Compare supports with the reference in float64; a near-tie is a step whose two best scores are within 1e-5 |x|."
+    "Compare supports with the reference in float64; a near-tie is a step where both picks score within 1e-5 |x| of the best."
     dtype, dictionary, S, counts = signals.dtype, dictionary.double(), indices.shape[1], []
     for x, ours in zip(signals.double().split(chunk), indices.split(chunk)):
         reference = pursuit(x, dictionary, S, method=method, tol=tol, eligible=eligible_norm(dtype))[0]
@@ -978,15 +998,18 @@ def _nearest_rows(correlations, half, nearest, lo, hi):
     for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
 
 # %% ../nbs/01_kernels.ipynb #70edc025
+_precision = threading.Lock()
+
 @contextmanager
 def _product_precision(tf32):
-    "float32 products on CUDA with all bits, or in TF32, whatever torch has been told elsewhere."
+    "float32 products on CUDA with all bits, or in TF32, whatever torch has been told. The switch is the whole process's, so one thread at a time."
     matmul = torch.backends.cuda.matmul
     name, wanted = ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", tf32)
-    before = getattr(matmul, name)
-    setattr(matmul, name, wanted)
-    try: yield
-    finally: setattr(matmul, name, before)
+    with _precision:
+        before = getattr(matmul, name)
+        setattr(matmul, name, wanted)
+        try: yield
+        finally: setattr(matmul, name, before)
 
 # %% ../nbs/01_kernels.ipynb #0124
 def _nearest_entry(z: Tensor, codebook: Tensor) -> Tensor:
@@ -1012,7 +1035,10 @@ def nearest_entry(
     z: Tensor,  # [B, M], any float dtype
     codebook: Tensor,  # [K, M], entries in rows
 ) -> Tensor:  # [B] int64
-    "Index of the codebook entry nearest to each row of z. Computed in float32 (float64 for float64), never more than a chunk of [B, K]."
+    "Index of the codebook entry nearest to each row of z. Computed in float32 (float64 for float64), never more than a chunk of [B, K]. `ValueError` for shapes or devices that do not fit."
+    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or codebook.shape[0] == 0:
+        raise ValueError(f"z must be [B, M] and the codebook [K, M], one entry or more, got {list(z.shape)} and {list(codebook.shape)}")
+    if z.device != codebook.device: raise ValueError(f"z is on {z.device} and the codebook on {codebook.device}; move one with .to(device)")
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.ops.laser.nearest_entry(z.detach().to(dtype), codebook.detach().to(dtype))
 
@@ -1123,15 +1149,15 @@ def _fused_kernel():
 # %% ../nbs/01_kernels.ipynb #0136
 @functools.cache
 def _streaming_kernel():
-    "Triton: a pursuit by a running argmax over tiles of the dictionary. DOUBLE: in float64. LISTED: of the COUNT signals in ORDER."
+    "Triton: a pursuit by a running argmax over tiles of the dictionary. LISTED: of the COUNT signals in ORDER, in float64."
     global tl
     import triton
     import triton.language as tl
 
     def streaming(X, D, ATOMS, NORMS, RESIDUAL, BASIS, TRIANGLE, ORDER, COUNT, INDICES, VALUES, DOUBT, B, M, K, programs, tol, floor, eligible, risky,
-                  S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, LISTED: tl.constexpr,
+                  S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
                   BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-        real: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+        real: tl.constexpr = tl.float64 if LISTED else tl.float32
         lane, m, s, depth = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
         patch = tl.program_id(0).to(tl.int64) * BLOCK_B + lane
         total = B
@@ -1164,7 +1190,7 @@ def _streaming_kernel():
                         i = base + depth
                         d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
                         p = tl.load(RESIDUAL + patch[:, None] * M + i[None, :], mask=(i < M)[None, :] & active[:, None], other=0.0)
-                        if DOUBLE: c += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
+                        if LISTED: c += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
                         else: c = tl.dot(p, d, c, input_precision=PRECISION)
                     norm = tl.load(NORMS + k, mask=k < K, other=0.0).to(real)
                     c = tl.abs(c)
@@ -1172,18 +1198,20 @@ def _streaming_kernel():
                     for j in range(S):
                         score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], support, 0), axis=1)[:, None], 0.0, score)
                         score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], rejected, 0), axis=1)[:, None], 0.0, score)
-                    if RULE == 1:
-                        left = tl.zeros([BLOCK_B, BLOCK_K], real) + (norm * norm)[None, :]
-                        for j in range(tl.max(count, axis=0)):
+                    if RULE != 2:
+                        left, directions = tl.zeros([BLOCK_B, BLOCK_K], real) + (norm * norm)[None, :], tl.max(count, axis=0)
+                        if RULE == 0: directions = tl.where(tl.max(refused, axis=0) > 0, directions, 0)  # OMP looks once it has met a dependent atom
+                        for j in range(directions):
                             t = tl.zeros([BLOCK_B, BLOCK_K], real)
                             for base in range(0, M, BLOCK_D):
                                 i = base + depth
                                 d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
                                 p = tl.load(BASIS + (patch[:, None] * S + j) * M + i[None, :], mask=(i < M)[None, :] & (j < count)[:, None], other=0.0)
-                                if DOUBLE: t += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
+                                if LISTED: t += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
                                 else: t = tl.dot(p, d, t, input_precision=PRECISION)
                             left -= t * t
-                        score = tl.where(left > eligible, score / tl.sqrt(tl.maximum(left, eligible)), 0.0)
+                        if RULE == 1: score = score / tl.sqrt(tl.maximum(left, eligible))
+                        score = tl.where(left > eligible, score, 0.0)
                     top, where = tl.max(score, axis=1), start + tl.argmax(score, axis=1).to(tl.int32)
                     pick = tl.where(top > best, where, pick)
                     best = tl.maximum(best, top)
@@ -1265,8 +1293,8 @@ def _stream(signals, dictionary, rule, tol, indices, values, doubt, tf32=False, 
     programs = max(1, min(-(-B // rows), 2048, 2**25 // (real.itemsize * rows * (S + 1) * (M + S))))
     residual, basis, triangle = (torch.empty(programs * rows, *shape, dtype=real, device=device) for shape in ((M,), (S, M), (S, S)))
     block = _power_of_two(M, 16)
-    _streaming_kernel()[(programs,)](signals, dictionary, dictionary.T.contiguous(), torch.linalg.vector_norm(dictionary, dim=0), residual, basis, triangle, order, count, indices, values, doubt,
-                                     B, M, K, programs, tol, limits.floor, limits.eligible, limits.risky, S, rule, "tf32" if tf32 else "ieee", listed, listed,
+    _streaming_kernel()[(programs,)](signals, dictionary, dictionary.T.contiguous(), torch.linalg.vector_norm(dictionary, dim=0, dtype=real), residual, basis, triangle, order, count, indices, values, doubt,
+                                     B, M, K, programs, tol, limits.floor, limits.eligible, limits.risky, S, rule, "tf32" if tf32 else "ieee", listed,
                                      rows, block, 16, 32 if listed else 64, _power_of_two(S, 2), num_warps=_streaming_warps(rows, block))
 
 # %% ../nbs/01_kernels.ipynb #e7da7350
@@ -1287,6 +1315,8 @@ def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
 # %% ../nbs/01_kernels.ipynb #bcec7137
 def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     "One of the two kernels on all signals, then float64 on those in doubt. No synchronisation with the host."
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; use batch_omp(..., backend='torch') without it")
     signals, dictionary = signals.contiguous(), dictionary.contiguous()
     B, rule = len(signals), ("omp", "ormp", "mp").index(method)
     indices = torch.empty(B, sparsity, dtype=torch.int64, device=signals.device)
@@ -1299,9 +1329,12 @@ def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: 
     return indices, values
 
 # %% ../nbs/01_kernels.ipynb #0139
-def _gram_float32(dictionary):
-    "Gram matrix in true float32: accumulated in float64, so that no TF32 switch touches it."
-    return (dictionary.double().T @ dictionary.double()).float()
+def _gram_float32(dictionary, rows=1024):
+    "Gram matrix in true float32: accumulated in float64, some rows at a time, so that no TF32 switch touches it."
+    K, double = dictionary.shape[1], dictionary.double()
+    gram = dictionary.new_empty(K, K)
+    for i in range(0, K, rows): gram[i:i + rows] = double[:, i:i + rows].T @ double
+    return gram
 
 # %% ../nbs/01_kernels.ipynb #0140
 _register(_pursuit_triton, _pursuit_fake, "CompositeExplicitAutograd")

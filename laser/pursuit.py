@@ -172,10 +172,11 @@ def decision_gap(
     signals: Tensor,  # [B, M] float64
     dictionary: Tensor,  # [M, K] float64
     support: Tensor,  # [B, s], what has been picked so far, s >= 0
+    picks: Tensor,  # [B, p], what could be picked next, -1 for nothing
     method: str = "omp",  # "omp", "ormp" or "mp"
     eligible: float = 1e-12,  # as the supports were made, see `pursuit`
-) -> Tensor:  # [B], difference of the two largest scores, relative to the norm of the signal
-    "How close the next decision is: under 1e-5 it is a near-tie, which rounding may decide."
+) -> Tensor:  # [B], by how much the worst of the picks scores less than the best atom, relative to the norm of the signal
+    "How close the next decision is between the picks: under 1e-5 it is a near-tie, which rounding may decide."
     chosen = dictionary.T[support].mT                                        # [B, M, s]
     residual, left = signals, dictionary.square().sum(0).repeat(len(signals), 1)
     if method == "mp":
@@ -188,8 +189,9 @@ def decision_gap(
     score = (residual @ dictionary).abs()
     if method == "ormp": score = score / left.clamp_min(eligible).sqrt()
     if method != "mp": score = score.where(left > eligible, 0)
-    best = score.scatter(1, support, 0.0).topk(min(2, dictionary.shape[1]), dim=1).values
-    return (best[:, 0] - best[:, -1]) / torch.linalg.vector_norm(signals, dim=1)
+    score = score.scatter(1, support, 0.0)
+    picked = score.gather(1, picks.clamp_min(0)).where(picks >= 0, 0.0)
+    return (score.amax(1) - picked.amin(1)) / torch.linalg.vector_norm(signals, dim=1)
 
 # %% ../nbs/00_pursuit.ipynb #0036
 def compare_supports(
@@ -205,5 +207,6 @@ def compare_supports(
     first[(ours == theirs).all(dim=1)] = -1
     for step in first[first >= 0].unique().tolist():
         for rows in (first == step).nonzero()[:, 0].split(1024):
-            ties += int((decision_gap(signals[rows], dictionary, ours[rows, :step], method, eligible) < 1e-5).sum())
+            picks = torch.stack([ours[rows, step], theirs[rows, step]], 1)
+            ties += int((decision_gap(signals[rows], dictionary, ours[rows, :step], picks, method, eligible) < 1e-5).sum())
     return int((first >= 0).sum()), ties

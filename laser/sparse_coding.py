@@ -7,6 +7,7 @@ __all__ = ['WORK_BYTES', 'BACKENDS', 'SparseCode', 'refit', 'omp_torch', 'batch_
            'quantize_coefficients']
 
 # %% ../nbs/02_sparse_coding.ipynb #0003
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -185,13 +186,15 @@ def omp_torch(
 BACKENDS = ("auto", "reference", "torch", "numba", "triton")
 
 # %% ../nbs/02_sparse_coding.ipynb #0033
+_has_triton = importlib.util.find_spec("triton") is not None
+
 def _backend(name, signals, diversity):
     "The function that codes these signals; `name` as in `batch_omp`."
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     kind = signals.device.type
     if name == "auto":
-        from_triton = kind == "cuda" and signals.dtype == torch.float32 and not diversity
+        from_triton = kind == "cuda" and signals.dtype == torch.float32 and not diversity and _has_triton
         name = "numba" if kind == "cpu" else "triton" if from_triton else "torch"
     if name == "numba":
         if kind != "cpu": raise ValueError(f"backend 'numba' runs on the CPU, but the signals are on {signals.device}; use backend='auto'")

@@ -1,6 +1,7 @@
 "Kernels: every path, method and precision against the reference, the memory that each path takes, and what the CUDA kernels need."
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from laser import kernels
-from laser.kernels import count_differences, omp_numba
+from laser.kernels import count_differences, nearest_entry, omp_numba
 from laser.pursuit import METHODS, eligible_norm, normalize_atoms, pursuit
 
 
@@ -86,24 +87,65 @@ assert torch.equal(torch.compile(notebook["omp_numba"], fullgraph=True, backend=
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
-@pytest.mark.parametrize("B, M, K, S, method", [(300_000, 3, 16, 4, "ormp"), (100_000, 64, 512, 3, "ormp"), (600, 16, 9000, 3, "ormp"), (600, 16, 9000, 3, "omp")])
-def test_working_memory_stays_under_256_mb(B, M, K, S, method):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("B, M, K, S, method, dtype", [
+    (300_000, 3, 16, 4, "ormp", "float32"), (100_000, 64, 512, 3, "ormp", "float32"), (20_000, 64, 512, 3, "omp", "float64"),
+    (3200, 16, 9000, 3, "omp", "float32"), (3200, 16, 9000, 3, "ormp", "float32"), (2100, 16, 6000, 3, "omp", "float64"),  # Gram matrices of 288 MB and more
+    (3200, 16, 9000, 1, "vq", "float32")])
+def test_working_memory_stays_under_256_mb(B, M, K, S, method, dtype):
     script = f"""
 import torch
-from laser.kernels import omp_numba
+from laser.kernels import nearest_entry, omp_numba
 from laser.pursuit import normalize_atoms
-def peak(): return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-x, D = torch.randn({B}, {M}), normalize_atoms(torch.randn({M}, {K}))
-omp_numba(x[:2], D[:, :8].contiguous(), 1)
-omp_numba(x[:200].repeat(2, 1)[:, :1].repeat(1, 20), normalize_atoms(torch.randn(20, 30)), 2, method="{method}")
-before = peak()
-indices, values = omp_numba(x, D, {S}, method="{method}")
-gram = {K} ** 2 * 4 if {K} ** 2 * 4 <= 2**28 and {M} > 16 else 0
-print((peak() - before - gram - 12 * indices.numel()) / 2**20)
+def megabytes(key): return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+x, D = torch.randn({B}, {M}, dtype=torch.{dtype}), normalize_atoms(torch.randn({M}, {K}, dtype=torch.{dtype}))
+def code(x, D): return nearest_entry(x, D.T) if "{method}" == "vq" else omp_numba(x, D, {S}, method="{method}")[0]
+code(x[:2], D)
+code(x[:200].repeat(2, 1)[:, :1].repeat(1, 20), normalize_atoms(torch.randn(20, 30, dtype=x.dtype)))
+before = megabytes("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+indices = code(x, D)
+gram = {K} ** 2 * x.itemsize if {K} ** 2 * x.itemsize <= 2**28 and {M} > 16 else 0
+print(megabytes("VmHWM") - before - (gram + (8 + x.itemsize) * indices.numel()) / 2**20)
 """
     megabytes = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()[-1])
     assert megabytes < 256
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="threads share memory by a switch of glibc")
+def test_threads_that_share_an_allocator_do_not_share_working_arrays():
+    "What one kernel works in must not be given to another, which it would be if it were freed too soon."
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from laser.kernels import omp_numba
+from laser.pursuit import normalize_atoms
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+for M, K, S, methods in ((64, 512, 5, ("omp", "ormp", "mp")), (8, 64, 4, ("omp", "ormp"))):
+    D, parts = normalize_atoms(torch.randn(M, K, generator=generator)), torch.randn(4, 4000, M, generator=generator)
+    for method in methods:
+        wholes = [omp_numba(x, D, S, method=method) for x in parts]
+        with ThreadPoolExecutor(4) as pool: results = list(pool.map(lambda i: omp_numba(parts[i % 4], D, S, method=method), range(16)))
+        assert all(torch.equal(a, b) for i, result in enumerate(results) for a, b in zip(result, wholes[i % 4])), (M, method)
+"""
+    run = subprocess.run([sys.executable, "-c", script], env=os.environ | {"MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_wrong_input_is_refused_with_what_to_do():
+    x, D = torch.randn(4, 3), normalize_atoms(torch.randn(3, 5))
+    with pytest.raises(TypeError, match=r"call \.float\(\) first"): omp_numba(x.bfloat16(), D.bfloat16(), 2)
+    with pytest.raises(ValueError, match="use batch_omp"): omp_numba(x.to("meta"), D.to("meta"), 2)
+    for book in (D, torch.empty(0, 3), D.T[0]):
+        with pytest.raises(ValueError, match=r"codebook \[K, M\]"): nearest_entry(x, book)
+    with pytest.raises(ValueError, match="move one"): nearest_entry(x, D.T.to("meta"))
+
+
+@pytest.mark.parametrize("operator, rest", [("pursuit_cpu", (3, "ormp", 0.0, 0.0)), ("nearest_entry", ())])
+def test_operators_are_what_torch_expects(operator, rest):
+    x, D = torch.randn(20, 8), normalize_atoms(torch.randn(8, 12))
+    torch.library.opcheck(getattr(torch.ops.laser, operator), (x, D if rest else D.T.contiguous(), *rest))
 
 
 FLOATS = "X D C G DIAGONAL SCALE ENERGY VALUES ATOMS NORMS SCALED".split()
@@ -141,11 +183,19 @@ def test_fused_cuda_kernel_keeps_correlations_in_registers(K, S, rule, capabilit
 
 @cuda_compiler
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rule, precision", [(0, "ieee"), (1, "ieee"), (1, "tf32"), (2, "ieee")])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("M, S", [(64, 5), (256, 16)])
-def test_streaming_cuda_kernel_fits(M, S, double, capability):
+def test_streaming_cuda_kernel_fits(M, S, double, rule, precision, capability):
     rows, real, whole = (1, "*fp64", "*i64") if double else (16, "*fp32", "*i32")
-    types = TYPES | {"RESIDUAL": real, "BASIS": real, "TRIANGLE": real, "ORDER": whole, "COUNT": whole}
-    shared, spilled = compiled(kernels._streaming_kernel(), kernels._streaming_warps(rows, M), capability, types, S=S, RULE=1, PRECISION="ieee", DOUBLE=double, LISTED=double,
+    types = TYPES | {"RESIDUAL": real, "BASIS": real, "TRIANGLE": real, "NORMS": real, "ORDER": whole, "COUNT": whole}
+    shared, spilled = compiled(kernels._streaming_kernel(), kernels._streaming_warps(rows, M), capability, types, S=S, RULE=rule, PRECISION=precision, LISTED=double,
                                BLOCK_B=rows, BLOCK_M=M, BLOCK_D=16, BLOCK_K=32 if double else 64, BLOCK_S=kernels._power_of_two(S, 2))
     assert shared <= 48 * 1024 and spilled <= 128
+
+
+@cuda_compiler
+@pytest.mark.parametrize("capability", [80, 90])
+def test_scaling_cuda_kernel_fits(capability):
+    shared, spilled = compiled(kernels._scaling_kernel(), 4, capability, BLOCK_B=16, BLOCK_M=64)
+    assert shared <= 48 * 1024 and spilled == 0
