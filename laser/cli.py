@@ -714,6 +714,8 @@ def benchmark_job_class():
         peers: Any = "all"              # all, none, the name of a package, or a list of names
         source: str = "auto"            # where real signals come from: auto, celeba, sample or a folder
         model: Optional[str] = None     # a run or checkpoint of a DL-VAE: its latents and dictionary too
+        memory: bool = True             # working memory too, each in a process of its own
+        grow: bool = False              # and how time grows from 64x512x5 with each of its numbers
         seed: int = 0                   # of the choice of signals and entries
         output_dir: str = "${hydra:runtime.output_dir}"  # folder of the results
         hydra: Any = field(default_factory=lambda: hydra_settings("laser_benchmark", "benchmark", text, {}, BenchmarkJob))
@@ -723,7 +725,7 @@ def benchmark_job_class():
 def benchmark_job(cfg):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
-    run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, model=cfg.model,
+    run_benchmark(rounds=cfg.rounds, signals=cfg.signals, cases=cfg.cases, peers=cfg.peers, source=cfg.source, model=cfg.model, memory=cfg.memory, grow=cfg.grow,
                   out=cfg.output_dir, seed=cfg.seed)
 
 # %% ../nbs/12_cli.ipynb #0106
