@@ -1076,7 +1076,7 @@ def _fused_kernel():
     import triton
     import triton.language as tl
 
-    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, bonus, blur,
+    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, bonus, trust, stretch, blur,
               S: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
         b, k, s = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
         inside = k < K
@@ -1088,6 +1088,7 @@ def _fused_kernel():
         free = inside
         support, coefficient = tl.zeros([BLOCK_S], tl.int32), tl.zeros([BLOCK_S], tl.float32)
         inverse = tl.zeros([BLOCK_S, BLOCK_S], tl.float32)
+        spread, size2 = 1.0, 0.0
         n, doubt, active = 0, energy < 0, (energy > 0) & (energy < 1e38)  # what is not finite gets no code
         while active:
             score, limit = tl.abs(c), floor * norm
@@ -1113,12 +1114,23 @@ def _fused_kernel():
                 along = correlation / rho
                 gain = along * along
                 again = tl.sum(tl.where((s < n) & (support == pick), 1, 0), axis=0) > 0
-                doubt = active & (again | (outside < risky * own))
-                if RULE == 1: doubt = doubt | (active & (tl.abs(correlation) <= noise * norm))
+                if RULE == 0: doubt = active & (again | (outside < risky * own))
+                if RULE == 1:  # could another atom be better, whatever rounding has done?
+                    mine, squared = tl.sum(tl.where(k == pick, left, 0.0), axis=0), energy + size2
+                    error, shrink = noise * tl.sqrt(spread * squared), noise * spread
+                    least, most = tl.maximum(tl.abs(correlation) - error, 0.0), tl.abs(c) + error
+                    rival = (most * most * (mine + shrink) >= least * least * (left - shrink)) & (left + shrink > eligible) & inside & (k != pick)
+                    unsure = (n > 0) & ((spread * squared > trust * energy) | (mine <= risky))
+                    unsure = unsure & ((mine - shrink <= eligible) | (tl.sum(rival.to(tl.int32), axis=0) > 0))
+                    doubt = active & (again | unsure | (tl.abs(correlation) <= noise * norm))
             remaining -= tl.where(active, gain, 0.0)
             move = tl.where(active, along, 0.0) * weight
             coefficient += move
             travelled += tl.sum(tl.abs(move), axis=0)
+            if RULE == 1:
+                spread += tl.where(active, tl.sum(weight * weight, axis=0), 0.0)
+                size2 = tl.sum(coefficient * coefficient, axis=0)
+                doubt = doubt | (active & (spread > stretch))
             doubt = doubt | (active & ((tol > 0) & (tl.abs(remaining - enough) < blur * energy)))
             if RULE != 2: doubt = doubt | (active & (travelled > 64 * norm))
             support = tl.where(here, pick, support)
@@ -1138,7 +1150,7 @@ def _fused_kernel():
                 for j in range(rows):
                     kj = tl.sum(tl.where(s == j, support, 0), axis=0).to(tl.int64)
                     w += tl.sum(tl.where(s == j, weight, 0.0), axis=0) * tl.load(G + kj * K + k, mask=inside, other=0.0)
-                c, left = c - along * w, tl.where(k == pick, 0.0, left - w * w)
+                c, left = c - along * w, tl.where(k == pick, -1.0, left - w * w)
         used = s < n
         tl.store(INDICES + b * S + s, tl.where(used, support, -1).to(tl.int64), mask=s < S)
         tl.store(VALUES + b * S + s, tl.where(used, coefficient / scale, 0.0), mask=s < S)
@@ -1194,7 +1206,7 @@ def _streaming_kernel():
                         else: c = tl.dot(p, d, c, input_precision=PRECISION)
                     norm = tl.load(NORMS + k, mask=k < K, other=0.0).to(real)
                     c = tl.abs(c)
-                    score = tl.where(c > limit[:, None] * norm[None, :], c, 0.0)
+                    score = c if RULE == 1 else tl.where(c > limit[:, None] * norm[None, :], c, 0.0)
                     for j in range(S):
                         score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], support, 0), axis=1)[:, None], 0.0, score)
                         score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], rejected, 0), axis=1)[:, None], 0.0, score)
@@ -1210,7 +1222,9 @@ def _streaming_kernel():
                                 if LISTED: t += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
                                 else: t = tl.dot(p, d, t, input_precision=PRECISION)
                             left -= t * t
-                        if RULE == 1: score = score / tl.sqrt(tl.maximum(left, eligible))
+                        if RULE == 1:
+                            score = score / tl.sqrt(tl.maximum(left, eligible))
+                            score = tl.where(score > limit[:, None], score, 0.0)
                         score = tl.where(left > eligible, score, 0.0)
                     top, where = tl.max(score, axis=1), start + tl.argmax(score, axis=1).to(tl.int32)
                     pick = tl.where(top > best, where, pick)
@@ -1237,6 +1251,7 @@ def _streaming_kernel():
                     q = tl.where(ok[:, None], q / length[:, None], 0.0)
                     value = tl.sum(q * r, axis=1)
                     r -= value[:, None] * q
+                    if RULE == 1: doubt = doubt | (ok & (tl.abs(value) * length <= limit)).to(tl.int32)  # the correlation was rounding
                     tl.store(BASIS + (patch[:, None] * S + tl.minimum(count, S - 1)[:, None]) * M + m[None, :], q, mask=inside & ok[:, None])
                     column = tl.where(s[None, :] == count[:, None], length[:, None], column)
                 tl.debug_barrier()  # all have read the old residuals
@@ -1310,7 +1325,7 @@ def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
         _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
         with _product_precision(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
         _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol, limits.floor, limits.noise, limits.eligible, limits.risky,
-                              limits.bonus, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
+                              limits.bonus, limits.trust, limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
 
 # %% ../nbs/01_kernels.ipynb #bcec7137
 def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:

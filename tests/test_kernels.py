@@ -150,7 +150,7 @@ def test_operators_are_what_torch_expects(operator, rest):
 
 FLOATS = "X D C G DIAGONAL SCALE ENERGY VALUES ATOMS NORMS SCALED".split()
 TYPES = {**dict.fromkeys(FLOATS, "*fp32"), "INDICES": "*i64", "DOUBT": "*i32", **dict.fromkeys("B M K programs".split(), "i32"),
-         **dict.fromkeys("tol floor noise eligible risky bonus blur".split(), "fp32")}
+         **dict.fromkeys("tol floor noise eligible risky bonus trust stretch blur".split(), "fp32")}
 
 
 def compiled(kernel, warps, capability, types=TYPES, **constants):
