@@ -84,7 +84,7 @@ def refit(
 # %% ../nbs/02_sparse_coding.ipynb #0017
 def _little_left(dtype):
     "Squared norm of a picked atom outside the support under which the Gram recursion is not trusted."
-    return 1e-8 if dtype == torch.float64 else 1e-3
+    return 1e-8 if dtype == torch.float64 else 1e-2
 
 # %% ../nbs/02_sparse_coding.ipynb #0018
 def _pursue_chunk(signals, dictionary, gram, steps, method, tol, bonus=None, forced=None):
@@ -112,13 +112,13 @@ def _pursue_chunk(signals, dictionary, gram, steps, method, tol, bonus=None, for
         if forced is not None and s < forced.shape[1]:
             active, k = forced[:, s] >= 0, forced[:, s].clamp_min(0)
         else:
-            candidate = free & (correlations.abs() > floor)
+            score = correlations.abs()
+            if method == "ormp": score = score * remaining.clamp_min(eligible_norm(dtype)).rsqrt()
+            candidate = free & (score > floor)
             if tol:                                                          # a difference, so it is only good to rounding
                 candidate &= (energy > enough)[:, None]
                 doubtful |= (energy - enough).abs() < _little_left(dtype) * 0.01 * first_energy
             if method != "mp": candidate &= remaining > eligible_norm(dtype)
-            score = correlations.abs()
-            if method == "ormp": score = score * remaining.clamp_min(eligible_norm(dtype)).rsqrt()
             if bonus is not None: score = score + scale * bonus
             k = score.masked_fill_(~candidate, -1).argmax(dim=1)
             active = candidate[rows, k]
@@ -132,7 +132,7 @@ def _pursue_chunk(signals, dictionary, gram, steps, method, tol, bonus=None, for
             correlations = correlations - z[:, s, None] * row
             continue
         left = remaining[rows, k].clamp_min(eligible_norm(dtype)).sqrt()
-        doubtful |= active & (remaining[rows, k] < _little_left(dtype))
+        doubtful |= active & ((remaining[rows, k] < _little_left(dtype)) | (picked.abs() <= floor[rows, k]))
         if s + 1 == steps: break
         z[:, s] = picked / left
         w = (row - torch.einsum("bs,bsk->bk", W[rows, :s, k], W[:, :s])) * (active / left)[:, None]
@@ -143,7 +143,7 @@ def _pursue_chunk(signals, dictionary, gram, steps, method, tol, bonus=None, for
 
     if method == "mp": return indices, z / scale
     if forced is None and doubtful.any():
-        indices[doubtful] = pursuit(given[doubtful], dictionary, steps, method=method, tol=tol)[0]
+        indices[doubtful] = pursuit(given[doubtful].double(), dictionary.double(), steps, method=method, tol=tol, eligible=eligible_norm(dtype))[0]
     return indices, refit(signals, dictionary, indices) / scale
 
 # %% ../nbs/02_sparse_coding.ipynb #0020

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laser.kernels import count_differences
 from laser.pursuit import METHODS, compare_supports, normalize_atoms, pursuit
 from laser.sparse_coding import batch_omp, refit
 
@@ -89,6 +90,19 @@ def test_batch_equals_one_by_one(problem, method, backend):
     if X.dtype == torch.float64:
         differ, ties = compare_supports(X, D, code.indices, torch.cat([c.indices for c in single]), method)
         assert differ == ties
+
+
+@pytest.mark.parametrize("backend", ("torch", "numba"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spread", (0.1, 0.03, 0.005))
+def test_nearly_parallel_atoms_in_float32(spread, method, backend):
+    """Where float32 could not tell the atoms apart the answer is still that of float64, except at near-ties."""
+    g = torch.Generator().manual_seed(0)
+    D = torch.randn(17, 130, generator=g)
+    D, X = normalize_atoms(D[:, :1] + spread * D).contiguous(), torch.randn(1500, 17, generator=g)
+    indices = batch_omp(X, D, 4, method=method, backend=backend).indices
+    differ, ties = count_differences(X, D, indices, method)
+    assert differ == ties
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
