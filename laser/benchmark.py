@@ -190,15 +190,16 @@ def time_rounds(
             else: repeats[name] = max(1, int(at_least / max(seconds, 1e-6)))
     return times
 
-# %% ../nbs/11_benchmark.ipynb #0033
-SLOW = {"scikit-learn": 400, "OMP torch": 32_768, "SPAMS": 65_536, "batched OMP": 8_192}  # signals of 64x512x5 that take about a second
-
+# %% ../nbs/11_benchmark.ipynb #b9b15587
 def vq_chunks(
     K: int,  # codebook entries
     B: int,  # signals
 ) -> list[int]:  # signals a time
     "The chunk sizes at which `vq_torch` takes part: powers of two whose distances take 256 kB to 64 MB."
     return sorted({min(2**n, B) for n in range(24) if 2**18 <= 4 * K * 2**n <= 2**26})
+
+# %% ../nbs/11_benchmark.ipynb #0033
+SLOW = {"scikit-learn": 400, "OMP torch": 32_768, "SPAMS": 65_536, "batched OMP": 8_192}  # signals of 64x512x5 that take about a second
 
 def measure(
     problem: Problem,
@@ -361,20 +362,22 @@ def run_benchmark(
         problems.append(lambda: latents)
     peers = tuple(n for n in wanted if n not in missing)
     results = pd.concat([measure(make(), rounds, peers) for make in tqdm(problems, desc="laser_benchmark", delay=2, leave=False)], ignore_index=True)
-    tables = {"ratios": ratio_table(results), "spread": (ratio_table(results, 0.75) - ratio_table(results, 0.25)) / 2}
-    if memory:
-        tables["memory"] = pd.DataFrame({case: {n: working_memory(CASES[case], n, signals) for n in ("VQ torch", "VQ", "OMP", "ORMP")} for case in cases}).T
-    if grow:
-        base = Case(64, 512, 5, signals or 16_384)
-        tables["growth"] = pd.concat({axis: growth(base, images, axis, values, rounds, seed) for axis, values in GROWTH.items()})
-    titles = {"ratios": "ratio, median over rounds", "spread": "half the distance between its quartiles", "memory": "MB of working memory", "growth": "us a signal"}
-    with pd.option_context("display.width", 200, "display.max_columns", 20, "display.precision", 3):
-        print(results.pivot_table(index="case", columns="contestant", values="us_per_signal", aggfunc="median", sort=False).rename_axis("us a signal"))
-        for name, table in tables.items(): print(f"\n{titles[name]}\n{table}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "benchmark.csv", index=False)
-    for name, table in tables.items(): table.to_csv(out / f"{name}.csv")
     plot_times(results).savefig(out / "benchmark.png", dpi=110)
+
+    def report(name, title, table):                          # each as soon as it is there, so that what follows cannot lose it
+        table.to_csv(out / f"{name}.csv")
+        with pd.option_context("display.width", 200, "display.max_columns", 20, "display.precision", 3): print(f"\n{title}\n{table}")
+    report("times", "us a signal", results.pivot_table(index="case", columns="contestant", values="us_per_signal", aggfunc="median", sort=False))
+    report("ratios", "ratio, median over rounds", ratio_table(results))
+    report("spread", "half the distance between its quartiles", (ratio_table(results, 0.75) - ratio_table(results, 0.25)) / 2)
+    if memory:
+        used = {case: {n: working_memory(CASES[case], n, signals) for n in ("VQ torch", "VQ", "OMP", "ORMP")} for case in cases}
+        report("memory", "MB of working memory", pd.DataFrame(used).T)
+    if grow:
+        base = Case(64, 512, 5, signals or 16_384)
+        report("growth", "us a signal", pd.concat({axis: growth(base, images, axis, values, rounds, seed) for axis, values in GROWTH.items()}))
     print(f"tables and picture: {out}")
     return results
