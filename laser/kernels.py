@@ -657,31 +657,88 @@ def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligibl
     triangle[b, n, n], along[b, n] = length, dot
     return norm2
 
-# %% ../nbs/01_kernels.ipynb #0061
+# %% ../nbs/01_kernels.ipynb #61a0c3d1
 @_jit
-def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, noise, enough, dictionary, residual, basis, triangle, along, eligible, risky, indices, doubtful, lo, hi):
-    "Pick atom number n of rows lo..hi. OMP and MP may score in place of the correlations."
-    M, K, real = residual.shape[1], correlations.shape[1], correlations.dtype.type
+def _sizes(K, c, norms, least):
+    "c = |c|, zero where no more than least * norms; returns the peak."
+    _restrict()
+    top = _magnitude(least - least)
+    for i in range(K):
+        size = abs(c[i])
+        size = size if size > least * norms[i] else least - least
+        c[i] = size
+        top = max(top, _magnitude(size))
+    return top
+
+# %% ../nbs/01_kernels.ipynb #61b7e2f4
+@_jit
+def _moved_scores(K, c, left, w, along, least, eligible):
+    """Move along a direction on which the atoms have projections w; then w = c^2 / left, zero where that is no more than least^2
+    or no more than `eligible` is left. Returns the peak."""
+    _restrict()
+    top = _magnitude(least - least)
+    for i in range(K):
+        r = c[i] - along * w[i]
+        u = left[i] - w[i] * w[i]
+        c[i] = r
+        left[i] = u
+        s = r * r / u
+        s = s if s > least * least else least - least
+        s = s if u > eligible else least - least
+        w[i] = s
+        top = max(top, _magnitude(s))
+    return top
+
+# %% ../nbs/01_kernels.ipynb #61c9d8a2
+@_jit
+def _block_scores(rule, K, w, c, left, along, norms, bonus, weight, least, eligible, support, n, first):
+    "Scores of K atoms from number `first` on, in place of w: correlations, or for ORMP projections on the last direction. The support scores zero. Returns the peak."
+    if rule == 1: top = _moved_scores(K, c, left, w, along, least, eligible)
+    else: top = _sizes(K, w, norms, least)
+    if bonus.shape[0] > 0:
+        more = _row(bonus, first)
+        for i in range(K):
+            size = np.sqrt(w[i]) if rule == 1 else w[i]
+            w[i] = size + weight * more[i] if size > 0 else least - least
+        top = _peak(K, w)
+    for j in range(n):
+        k = support[j] - first
+        if 0 <= k and k < K:
+            taken = _magnitude(w[k]) == top and top > 0
+            w[k] = least - least
+            if taken: top = _peak(K, w)
+    return top
+
+# %% ../nbs/01_kernels.ipynb #61d4b6e8
+@_jit
+def _score_rows(rule, n, moves, first, projections, correlations, left, along, norms, bonus, scale, limit, eligible, active, indices, top, pick, lo, hi):
+    "Scores of rows lo..hi, with the atoms from number `first` on. The best of every row so far are kept in `top` and `pick`."
+    width, S, real = projections.shape[1], indices.shape[1], projections.dtype.type
     for b in range(lo, hi):
-        if (n > 0 and indices[b, n - 1] < 0) or _energy(M, _row(residual, b * M)) <= enough[b]: continue
-        c, score_row, least = _row(correlations, b * K), _row(score, b * K), real(limit[b])
+        if not active[b]: continue
+        w, step, place = _row(projections, b * width), real(0), first * correlations.shape[1] + b * correlations.shape[2]
+        c, u = _row(correlations, place), _row(left, place)
         if rule == 1:
-            u = _row(left, b * K)
-            for i in range(K):
-                size = abs(c[i]) / np.sqrt(u[i])
-                size = size if size > least else real(0)
-                score_row[i] = size if u[i] > eligible else real(0)
-        else:
-            for i in range(K):
-                size = abs(c[i])
-                score_row[i] = size if size > least * norms[i] else real(0)
-        if bonus.shape[0] == K:
-            for i in range(K): score_row[i] = score_row[i] + real(scale[b]) * bonus[i] if score_row[i] > 0 else real(0)
-        for j in range(n): score_row[indices[b, j]] = real(0)
-        top = _peak(K, score_row)
-        while top > 0:
-            k = _find(K, score_row, top)
-            if rule == 1 and abs(c[k]) <= noise[b]:
+            if moves: step = real(along[b, n - 1])
+            else:
+                for i in range(width): c[i], w[i] = w[i], step
+        best = _block_scores(rule, width, w, c, u, step, _row(norms, first), bonus, real(scale[b]), real(limit[b]), real(eligible), _row(indices, b * S), n, first)
+        if best > _magnitude(top[b]):
+            k = _find(width, w, best)
+            top[b], pick[b] = w[k], first + k
+
+# %% ../nbs/01_kernels.ipynb #61f5a7c6
+@_jit
+def _take_rows(rule, n, correlations, left, norms, bonus, scale, limit, noise, dictionary, residual, basis, triangle, along, eligible, risky, active, indices, doubtful, top, pick, lo, hi):
+    "Take the best atoms of rows lo..hi as number n. Where one is of no use, all scores of the row are computed again, for the next best."
+    (M, K), S, real, (_, rows, width) = dictionary.shape, indices.shape[1], correlations.dtype.type, correlations.shape
+    scores = np.empty(K, correlations.dtype)
+    w = _row(scores, 0)
+    for b in range(lo, hi):
+        if not active[b] or not top[b] > 0: continue
+        k, fresh, r = pick[b], False, _row(residual, b * M)
+        while True:
+            if rule == 1 and abs(correlations[k // width, b, k % width]) <= noise[b]:
                 doubtful[b] = True
             else:
                 outside = _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible)
@@ -689,8 +746,19 @@ def _step_rows(rule, n, correlations, left, score, bonus, scale, norms, limit, n
                 if outside > eligible:
                     indices[b, n] = k
                     break
-            score_row[k] = real(0)
-            top = _peak(K, score_row)
+            if not fresh:
+                for i in range(K): w[i] = real(0)
+                if rule != 1:
+                    for m in range(M): _subtract_rows(K, w, (_row(dictionary, m * K),), (real(-r[m]),))
+                for first in range(0, K, width):
+                    place = first * rows + b * width
+                    _block_scores(rule, min(width, K - first), _at(w, first), _row(correlations, place), _row(left, place), real(0), _row(norms, first), bonus, real(scale[b]), real(limit[b]), real(eligible), _row(indices, b * S), n, first)
+                fresh = True
+            w[k] = real(0)
+            peak = _peak(K, w)
+            if peak == 0: break
+            k = _find(K, w, peak)
+    _keep(scores)
 
 # %% ../nbs/01_kernels.ipynb #0062
 @_jit
@@ -785,11 +853,18 @@ def _run(kernel, rows, *args, tile=64):
         _pool.release()
     if failed: raise MemoryError("no memory for a kernel's own arrays, which grow with the number of atoms and the square of the sparsity; use fewer")
 
+# %% ../nbs/01_kernels.ipynb #69b1c0de
+_BLOCK = 2**20  # products
+
+def _block_width(rows, K):
+    "How many of K atoms are multiplied with so many rows at a time: few enough that the products stay in the cache."
+    return min(K, max(64, _BLOCK // rows // 64 * 64))
+
 # %% ../nbs/01_kernels.ipynb #0069
 class _Chunk:
-    "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also what is left of the atoms."
-    def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol):
-        (n, M), S, K, arithmetic = signals.shape, indices.shape[1], dictionary.shape[1], dictionary.dtype
+    "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also the correlations and what is left of the atoms, in `work`."
+    def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol, buffer, work):
+        (n, M), S, arithmetic = signals.shape, indices.shape[1], dictionary.dtype
         scale, limits = power_of_two_scale(signals), _limits(signals.dtype, arithmetic)
         self.rule, self.dictionary, self.norms, self.indices, self.doubtful = rule, dictionary, norms, indices, doubtful
         self.scale, self.residual = scale[:, 0].double(), (signals * scale).double()
@@ -798,51 +873,56 @@ class _Chunk:
         self.eligible, self.risky = limits.eligible, limits.risky if arithmetic == torch.float32 else 0.0
         self.basis = torch.zeros(n, S if rule != 2 else 0, M, dtype=torch.float64)
         self.triangle, self.along = torch.empty(n, S, S, dtype=torch.float64), torch.zeros(n, S, dtype=torch.float64)
-        self.correlations = _product(self.residual.to(arithmetic), dictionary)
-        self.score = torch.empty_like(self.correlations) if rule == 1 else self.correlations
-        self.left = norms.square().repeat(n if rule == 1 else 0, 1)
+        self.buffer, (self.correlations, self.left) = buffer, work
+        if rule == 1:
+            for first, part in zip(range(0, len(norms), work.shape[3]), self.left): part[:, :len(norms) - first] = norms[first:first + work.shape[3]].square()
         self.state = [t.numpy() for t in (dictionary, self.residual, self.basis, self.triangle, self.along)]
+
+    def products(self, vectors):
+        "Products with blocks of atoms, one after the other in the same memory, and the number of the first atom of each."
+        vectors, width = vectors.to(self.dictionary.dtype), self.left.shape[2]
+        for first in range(0, len(self.norms), width):
+            atoms = self.dictionary[:, first:first + width]
+            yield first, _product(vectors, atoms, self.buffer[:len(vectors) * atoms.shape[1]].view(len(vectors), -1))
 
     def replay(self, steps):
         _replay_rows(self.rule, steps, *self.state, self.indices.numpy(), 0, len(self.residual))
-        _product(self.residual.to(self.dictionary.dtype), self.dictionary, self.correlations)
-        if self.rule == 1:
-            for s in range(steps): self.shrink(s)
+        for s in range(steps if self.rule == 1 else 0):
+            for first, w in self.products(self.basis[:, s]): self.left[first // self.left.shape[2], :len(w), :w.shape[1]].addcmul_(w, w, value=-1)
 
-    def shrink(self, s):
-        "Take direction s out of what is left of every atom; the atoms' projections on it stay in `score`."
-        _product(self.basis[:, s].to(self.left.dtype), self.dictionary, self.score)
-        self.left.addcmul_(self.score, self.score, value=-1)
-
-    def advance(self, s):
-        "Bring the correlations up to date after step s."
-        if self.rule != 1: return _product(self.residual.to(self.dictionary.dtype), self.dictionary, self.correlations)
-        self.shrink(s)
-        self.correlations.addcmul_(self.score, self.along[:, s, None].to(self.left.dtype), value=-1)
-
-    def step(self, s, bonus):
-        around = [t.numpy() for t in (self.correlations, self.left, self.score, bonus, self.scale, self.norms, self.limit, self.noise, self.enough)]
-        _run(_step_rows, len(self.residual), self.rule, s, *around, *self.state, self.eligible, self.risky, self.indices.numpy(), self.doubtful.numpy(), tile=256)
+    def step(self, s, bonus, moves=True):
+        "Pick atom number s. ORMP moves along the last direction, or starts from correlations with the residual."
+        moves = moves and s > 0
+        active = self.residual.square().sum(1) > self.enough
+        if s: active &= self.indices[:, s - 1] >= 0
+        top, pick = self.dictionary.new_zeros(len(active)), torch.empty(len(active), dtype=torch.int64)
+        active, top, pick, correlations, left, norms, bonus, scale, limit, noise, indices, doubtful = (t.numpy() for t in (
+            active, top, pick, self.correlations, self.left, self.norms, bonus, self.scale, self.limit, self.noise, self.indices, self.doubtful))
+        for first, w in self.products(self.basis[:, s - 1] if self.rule == 1 and moves else self.residual):
+            _run(_score_rows, len(active), self.rule, s, moves, first, w.numpy(), correlations, left, self.state[-1], norms, bonus, scale, limit, self.eligible, active, indices, top, pick)
+        _run(_take_rows, len(active), self.rule, s, correlations, left, norms, bonus, scale, limit, noise, *self.state, self.eligible, self.risky, active, indices, doubtful, top, pick)
 
     def finish(self, values):
         _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
 
 # %% ../nbs/01_kernels.ipynb #0070
-def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=2**26):
-    "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory."
-    (B, M), (S, K) = signals.shape, (indices.shape[1], dictionary.shape[1])
-    row_bytes = K * dictionary.dtype.itemsize * (3 if rule == 1 else 1) + 8 * (S * (M + S) + 4 * M)
-    rows, nothing, norms = max(1, min(4096, budget // row_bytes)), dictionary.new_zeros(0), dictionary.square().sum(0).sqrt()
+def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=None):
+    "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory: 200 MB, or 64 MB beside a float64 copy of the dictionary."
+    (B, M), (S, K), size = signals.shape, (indices.shape[1], dictionary.shape[1]), dictionary.dtype.itemsize
+    budget = budget or (3 * 2**26 if size == 4 else 2**26)
+    most = max(1, min(4096, budget // ((2 * K if rule == 1 else 0) * size + 8 * (S * (M + S) + 4 * M))))
+    rows = -(-B // -(-B // most))
+    width = _block_width(rows, K)
+    nothing, norms = dictionary.new_zeros(0), torch.linalg.vector_norm(dictionary, dim=0)
+    buffer, work = dictionary.new_empty(rows * width), dictionary.new_empty(2, -(-K // width) if rule == 1 else 0, rows, width)
     indices.fill_(-1)
     def chunks():
         for i in range(0, B, rows):
             part = slice(i, i + rows)
-            yield _Chunk(signals[part], dictionary, norms, indices[part], doubtful[part], rule, tol), values[part]
+            yield _Chunk(signals[part], dictionary, norms, indices[part], doubtful[part], rule, tol, buffer, work), values[part]
     if not diversity:
         for chunk, out in chunks():
-            for s in range(S):
-                chunk.step(s, nothing)
-                if s + 1 < S: chunk.advance(s)
+            for s in range(S): chunk.step(s, nothing)
             chunk.finish(out)
         return
     usage = torch.zeros(K, dtype=dictionary.dtype)
@@ -850,7 +930,7 @@ def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtf
         bonus = diversity * (usage.mean() - usage).clamp_min(0) if s else nothing
         for chunk, out in chunks():
             if s: chunk.replay(s)
-            chunk.step(s, bonus)
+            chunk.step(s, bonus, moves=False)
             if s + 1 == S: chunk.finish(out)
         picked = indices[:, s]
         usage += torch.bincount(picked[picked >= 0], minlength=K)
@@ -982,20 +1062,19 @@ def _ordered(typingctx, x):
 
 # %% ../nbs/01_kernels.ipynb #0121
 @_jit
-def _nearest(K, c, half):
-    "First argmax of c - half."
-    top, first = _ordered(c[0] - half[0]), np.int32(K - 1)
-    for i in range(K):
-        top = max(top, _ordered(c[i] - half[i]))
-    for i in range(np.int32(K)):
-        first = min(first, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
-    return np.int64(first)
-
-# %% ../nbs/01_kernels.ipynb #0122
-@_jit
-def _nearest_rows(correlations, half, nearest, lo, hi):
-    K = correlations.shape[1]
-    for b in range(lo, hi): nearest[b] = _nearest(K, _row(correlations, b * K), _row(half, 0))
+def _nearest_rows(correlations, half, first, best, nearest, lo, hi):
+    "Argmax of c - half over the entries from number `first` on and those before; `best` holds the largest so far, as an integer that orders as it does."
+    K, h = correlations.shape[1], _row(half, first)
+    for b in range(lo, hi):
+        c = _row(correlations, b * K)
+        top = _ordered(c[0] - h[0])
+        for i in range(K):
+            top = max(top, _ordered(c[i] - h[i]))
+        if first == 0 or top > best[b]:
+            place = np.int32(K - 1)
+            for i in range(np.int32(K)):
+                place = min(place, np.int32(i) if _ordered(c[i] - h[i]) == top else np.int32(0x7FFFFFFF))
+            best[b], nearest[b] = top, first + place
 
 # %% ../nbs/01_kernels.ipynb #70edc025
 _precision = threading.Lock()
@@ -1013,18 +1092,24 @@ def _product_precision(tf32):
 
 # %% ../nbs/01_kernels.ipynb #0124
 def _nearest_entry(z: Tensor, codebook: Tensor) -> Tensor:
-    K, on_cpu = len(codebook), z.device.type == "cpu"
+    K, B, on_cpu = len(codebook), len(z), z.device.type == "cpu"
     z, entries, half = z.contiguous(), codebook.T, codebook.square().sum(1) / 2
-    nearest = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    rows = chunk_rows(K) if on_cpu else max(1024, 2**24 // K)
-    buffer = z.new_empty(min(rows, len(z)), K) if on_cpu else None
-    for i in range(0, len(z), rows):
-        if on_cpu:
-            c = _product(z[i:i + rows], entries, buffer[:len(z) - i])
-            _run(_nearest_rows, len(c), c.numpy(), half.numpy(), nearest[i:i + rows].numpy())
-        else:
-            with _product_precision(False), _no_autocast(z.device.type):
-                nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
+    nearest = torch.empty(B, dtype=torch.int64, device=z.device)
+    if on_cpu:
+        rows = max(1, min(B, _BLOCK // min(K, 512)))
+        width = _block_width(rows, K)
+        buffer, best = z.new_empty(rows * width), torch.empty(rows, dtype=torch.int32 if z.dtype == torch.float32 else torch.int64)
+        for i in range(0, B, rows):
+            part, out = z[i:i + rows], nearest[i:i + rows].numpy()
+            for first in range(0, K, width):
+                some = entries[:, first:first + width]
+                c = _product(part, some, buffer[:len(part) * some.shape[1]].view(len(part), -1))
+                _run(_nearest_rows, len(part), c.numpy(), half.numpy(), first, best.numpy(), out)
+        return nearest
+    rows = max(1024, 2**24 // K)
+    for i in range(0, B, rows):
+        with _product_precision(False), _no_autocast(z.device.type):
+            nearest[i:i + rows] = torch.addmm(half, z[i:i + rows], entries, alpha=-1).argmin(1)
     return nearest
 
 # %% ../nbs/01_kernels.ipynb #0125
