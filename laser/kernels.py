@@ -208,7 +208,6 @@ class _Limits(NamedTuple):
     noise: float     # a correlation, or an entry of the Gram matrix, up to this is the arithmetic's rounding
     eligible: float  # what is left of a usable atom, squared
     risky: float     # OMP flags an atom of which less is left, ORMP makes sure of it
-    bonus: float     # ORMP multiplies the score of a risky atom by this, so that it is not overlooked
     trust: float     # ORMP makes sure of every atom once rounding is amplified more than this
     stretch: float   # and flags the signal beyond this
     blur: float      # flag a residual as close to tol as this, squared
@@ -220,7 +219,7 @@ def _limits(signals, arithmetic):
     "The limits for signals of one precision, computed in another."
     noise, eligible = correlation_floor(arithmetic), eligible_norm(signals)
     risky, trust, stretch, *scale = (0.01, 256.0, 1000.0, 1e-24, 1e36) if arithmetic == torch.float32 else (1e-6, 1e7, 1e8, 1e-200, 1e200)
-    return _Limits(correlation_floor(signals), noise, eligible, risky, 1.5, trust, stretch, 8 * noise, *scale)
+    return _Limits(correlation_floor(signals), noise, eligible, risky, trust, stretch, 8 * noise, *scale)
 
 # %% ../nbs/01_kernels.ipynb #0032
 @_jit
@@ -267,11 +266,21 @@ def _first_scores(K, c, score, reciprocal):
         top = max(top, _magnitude(s))
     return top
 
+# %% ../nbs/01_kernels.ipynb #35d0b1ed
+@intrinsic
+def _doubled(typingctx, x):
+    "2x for a number neither zero nor near the end of the range: one is added to the exponent, where a product would wait for the multipliers."
+    def build(context, builder, signature, args):
+        word = ir.IntType(x.bitwidth)
+        bits = builder.add(builder.bitcast(args[0], word), ir.Constant(word, 1 << (23 if x.bitwidth == 32 else 52)))
+        return builder.bitcast(bits, args[0].type)
+    return x(x), build
+
 # %% ../nbs/01_kernels.ipynb #0035
 @_jit
-def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky, bonus):
+def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky):
     """Move along the direction w that the rows add up to, and return the peak of the scores.
-    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score gets a bonus.
+    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score counts twice.
     whole: squared norms of the atoms, if w is the first direction, else None."""
     _restrict()
     top = _magnitude(gone - gone)
@@ -282,7 +291,7 @@ def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky, bo
         c[i] = r
         left[i] = u
         s = r * r / u
-        s = s if u > risky else bonus * s
+        s = s if u > risky else _doubled(s)
         s = s if u > gone else gone - gone
         score[i] = s
         top = max(top, _magnitude(s))
@@ -384,7 +393,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
             if n > 0 and (spread * (energy + size2) > limits.trust * energy or left[k] <= limits.risky):
                 size, risky = np.sqrt(energy + size2), left[k] <= limits.risky
                 doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
-                if doubt and risky:  # perhaps its bonus put it first
+                if doubt and risky:  # perhaps it is first because it counted twice
                     k = _find(K, score, _plain_scores(K, c, left, score, real(limits.eligible)))
                     doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
             correlation = np.float64(c[k])
@@ -397,7 +406,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
             doubt = spread > limits.stretch or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
             if n < S and not doubt:
                 for j in range(n): step[j] = inverse[(n - 1) * S + j]
-                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible), real(limits.risky), real(limits.bonus))
+                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible), real(limits.risky))
         doubtful[b] = doubt
         for j in range(S):
             indices[b, j] = support[j] if j < n else -1
@@ -1161,7 +1170,7 @@ def _fused_kernel():
     import triton
     import triton.language as tl
 
-    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, bonus, trust, stretch, blur,
+    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, trust, stretch, blur,
               S: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
         b, k, s = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
         inside = k < K
@@ -1179,7 +1188,7 @@ def _fused_kernel():
             score, limit = tl.abs(c), floor * norm
             if RULE == 1:
                 score = tl.where(left > eligible, c * c / left, 0.0)
-                score, limit = tl.where(left > risky, score, bonus * score), limit * limit
+                score, limit = tl.where(left > risky, score, 2 * score), limit * limit
             if RULE == 2: score, limit = tl.where(free & (score > limit * tl.sqrt(left)), score, 0.0), 0.0
             top, pick = tl.max(score, axis=0, return_indices=True)
             pick = tl.minimum(pick, K - 1)
@@ -1410,7 +1419,7 @@ def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
         _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
         with _product_precision(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
         _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol, limits.floor, limits.noise, limits.eligible, limits.risky,
-                              limits.bonus, limits.trust, limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
+                              limits.trust, limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
 
 # %% ../nbs/01_kernels.ipynb #bcec7137
 def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
