@@ -13,7 +13,7 @@ __all__ = ['METRICS', 'COLUMNS', 'VQVAEConfig', 'DLVAEConfig', 'DataConfig', 'Tr
            'evaluation_rows', 'format_table']
 
 # %% ../nbs/08_training.ipynb #0003
-import copy, csv, json, math, os, random, shutil, signal, sys, threading, time
+import atexit, copy, csv, json, math, os, random, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -587,6 +587,9 @@ def psnr_of_loss(
     return 10*math.log10(4/max(mse, 1e-12))
 
 # %% ../nbs/08_training.ipynb #0091
+def _leave_group():
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
 def make_fabric(
     config: TrainConfig,  # accelerator, devices, num_nodes, strategy, precision
 ):  # a lightning.fabric.Fabric, not launched yet
@@ -594,6 +597,7 @@ def make_fabric(
     from lightning.fabric import Fabric
     if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.cuda.is_available()):
         raise ValueError("train.precision=16-mixed needs a CUDA GPU: on the CPU use bf16-mixed or 32-true")
+    atexit.register(_leave_group)
     return Fabric(accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
 

@@ -23,7 +23,6 @@ if __name__ == "__main__":
         output_dir=folder)
     torch.set_num_threads(1)
     fit(config)
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()  # gloo's threads end before the process does
 """
 
 
