@@ -69,7 +69,7 @@ for _ in range(5):
 
 
 def test_operators_may_be_registered_again():
-    "Notebook 01 defines the operators of the package once more when both run in one process, as while the site's pages are built."
+    "Notebook 30 defines the operators of the package once more when both run in one process, as while the site's pages are built."
     script = """
 import torch
 import laser.kernels as package
