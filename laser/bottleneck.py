@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import nearest_entry
 from .pursuit import METHODS, normalize_atoms
-from .sparse_coding import SparseCode, batch_omp, coefficient_limit, nearest_entry, quantize_coefficients, refit
+from .sparse_coding import SparseCode, batch_omp, coefficient_limit, quantize_coefficients, refit
 
 # %% ../nbs/03_bottleneck.ipynb #0007
 def _seed_centers(x, num_clusters, generator):
