@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'CELEBA_LAYOUT', 'CELEBA_LAST', 'SAMPLE_BOXES', 'SAMPLE_SPLITS', 'IMAGENETTE', 'DATASETS', 'to_rgb',
            'read_rgb', 'square', 'pixels_of', 'to_float', 'stack_bytes', 'stack_floats', 'load_image', 'random_bits',
-           'random_order', 'choose', 'Images', 'image_files', 'FolderImages', 'check_split', 'split_folder',
-           'celeba_root', 'celeba_partition', 'read_partition', 'partition_by_number', 'CelebA', 'part_of',
-           'celeba_label', 'sample_photograph', 'sample_images', 'random_crop', 'SampleCrops', 'data_folder', 'fetch',
-           'Cifar10', 'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips', 'CachedImages',
-           'check_shared_memory', 'EpochSampler', 'ByteItems', 'as_floats', 'make_loaders', 'worker_count']
+           'random_order', 'choose', 'Images', 'image_files', 'FolderImages', 'part_by_name', 'check_split',
+           'split_folder', 'celeba_root', 'celeba_partition', 'read_partition', 'partition_by_number', 'CelebA',
+           'part_of', 'celeba_label', 'sample_photograph', 'sample_images', 'random_crop', 'SampleCrops', 'data_folder',
+           'fetch', 'Cifar10', 'Imagenette', 'get_dataset', 'load_images', 'load_samples', 'RandomFlips',
+           'CachedImages', 'check_shared_memory', 'EpochSampler', 'ByteItems', 'as_floats', 'make_loaders',
+           'worker_count']
 
 # %% ../nbs/07_data.ipynb #0003
+import hashlib
 import logging
 import os
-import zlib
+import unicodedata
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -184,19 +186,19 @@ def image_files(
 
 # %% ../nbs/07_data.ipynb #0040
 class FolderImages(Images):
-    "The images under a folder; its subfolders `train`, `val`, `test` are the splits, or else each image's name and the seed decide"
+    "The images under a folder; its subfolders `train`, `val`, `test` are the splits, or else each image's name decides"
 
     def __init__(self,
         root,                        # folder of images, searched with its subfolders
-        split: str = "all",          # "all", "train", "val" or "test"; without subfolders: 80, 10 and 10 % of the images
+        split: str = "all",          # "all", "train", "val" or "test"; without subfolders: about 80, 10 and 10 %, by name
         size: int = 128,             # side in pixels: centred square, bicubic
         limit: int | None = None,    # keep this many by a seeded choice
-        seed: int = 0,               # seed of the split and of the choice
+        seed: int = 0,               # seed of the choice
     ):
         check_split(split, ("all", "train", "val", "test"))
         root = Path(root).expanduser()
         files = image_files(root)
-        if split != "all": files = split_folder(root, files, split, seed)
+        if split != "all": files = split_folder(root, files, split)
         self.files, self.size = choose(files, limit, seed), size
         self.label = f"folder {root.resolve().name}" + ("" if split == "all" else f", {split}")
 
@@ -204,6 +206,18 @@ class FolderImages(Images):
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
 # %% ../nbs/07_data.ipynb #0042
+def part_by_name(
+    name,                   # path of the image below the folder of its set
+    val: float = 0.1,       # share of the validation set
+    test: float = 0.1,      # share of the test set
+) -> str:                   # "train", "val" or "test"
+    "The part that an image belongs to: a hash of its name against fixed thresholds; the same everywhere and for ever"
+    name = unicodedata.normalize("NFD", PurePath(name).as_posix()).casefold()
+    digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "val" if place < val else "test" if place < val + test else "train"
+
+# %% ../nbs/07_data.ipynb #0044
 def check_split(
     split: str,                                  # what was asked for
     splits: tuple = ("train", "val", "test"),    # what there is
@@ -211,27 +225,27 @@ def check_split(
     "`ValueError` that lists the splits"
     if split not in splits: raise ValueError(f"there is no split {split!r}; choose one of {', '.join(splits)}")
 
-# %% ../nbs/07_data.ipynb #0043
+# %% ../nbs/07_data.ipynb #0045
 def split_folder(
     root: Path,            # the folder
     files: list[Path],     # all its images
     split: str,            # "train", "val" or "test"
-    seed: int,             # seed of the assignment
 ) -> list[Path]:           # the images of the split, sorted by path
-    "The images of one split: the subfolder of that name, or a seeded choice by name (80, 10, 10 %) where there are no subfolders"
+    "The images of one split: the subfolder of that name, or where there are no such subfolders `part_by_name`"
     names = [name for name in ("train", "val", "test") if (root/name).is_dir()]
     if names:
         if split not in names:
             raise FileNotFoundError(f"{root} has the subfolders {', '.join(names)} but no {split}; add it, or remove "
                                     "them all")
         return image_files(root/split)
-    if len(files) < 3:
-        raise ValueError(f"{root} holds {len(files)} image(s), too few to split; add images, or ask for split 'all'")
-    order = sorted(files, key=lambda path: int(random_bits(seed, zlib.crc32(path.relative_to(root).as_posix().encode()))))
-    tenth = max(1, len(files) // 10)
-    return sorted({"val": order[:tenth], "test": order[tenth:2 * tenth], "train": order[2 * tenth:]}[split])
+    part = [path for path in files if part_by_name(path.relative_to(root)) == split]
+    if not part:
+        raise ValueError(f"none of the {len(files):,} image(s) in {root} belongs to the {split} set: an image's name decides "
+                         "(about 80 % train, 10 % val, 10 % test), so that it never changes sides. Put the images "
+                         "into subfolders train, val and test, or add more images")
+    return part
 
-# %% ../nbs/07_data.ipynb #0047
+# %% ../nbs/07_data.ipynb #0051
 CELEBA_LAYOUT = "img_align_celeba/000001.jpg and so on (aligned, 178x218) and, beside that folder, list_eval_partition.txt"
 CELEBA_LAST = {"train": 162_770, "val": 182_637, "test": 202_599}      # number of the last image of each partition
 
@@ -244,7 +258,7 @@ def celeba_root() -> Path | None:
                                 f"{CELEBA_LAYOUT}")
     return Path(name).expanduser()
 
-# %% ../nbs/07_data.ipynb #0049
+# %% ../nbs/07_data.ipynb #0053
 def celeba_partition(
     names: list[str],             # file names such as "000001.jpg"
     table: Path | None = None,    # list_eval_partition.txt; None or absent: by the image number
@@ -259,7 +273,7 @@ def celeba_partition(
                              "or remove the list to go by the image number")
     return partition
 
-# %% ../nbs/07_data.ipynb #0050
+# %% ../nbs/07_data.ipynb #0054
 def read_partition(
     table: Path,           # list_eval_partition.txt
 ) -> dict[str, str]:       # name -> "train", "val" or "test"
@@ -273,7 +287,7 @@ def read_partition(
         partition[fields[0]] = splits[fields[1]]
     return partition
 
-# %% ../nbs/07_data.ipynb #0051
+# %% ../nbs/07_data.ipynb #0055
 def partition_by_number(
     name: str,      # file name such as "000001.jpg"
 ) -> str:           # "train", "val" or "test"
@@ -284,7 +298,7 @@ def partition_by_number(
                          "remove it from the folder")
     return next(split for split, last in CELEBA_LAST.items() if int(stem) <= last)
 
-# %% ../nbs/07_data.ipynb #0053
+# %% ../nbs/07_data.ipynb #0057
 class CelebA(Images):
     "Aligned CelebA faces of one official partition: central 178x178 pixels, bicubic to `size`"
 
@@ -319,7 +333,7 @@ class CelebA(Images):
                              "and cropped CelebA images")
         return pixels_of(square(image, self.size))
 
-# %% ../nbs/07_data.ipynb #0054
+# %% ../nbs/07_data.ipynb #0058
 def part_of(
     chosen: int,      # images in the set
     present: int,     # images it was chosen from
@@ -327,7 +341,7 @@ def part_of(
     "Say how many images were chosen, unless all were"
     return "" if chosen == present else f" ({chosen:,} of {present:,})"
 
-# %% ../nbs/07_data.ipynb #0056
+# %% ../nbs/07_data.ipynb #0060
 def celeba_label(
     split: str,       # partition
     present: int,     # how many of its images are in the folder
@@ -338,7 +352,7 @@ def celeba_label(
     if full: return f"CelebA {split} partition" + part_of(chosen, present)
     return f"CelebA {split} partition (" + ("" if chosen == present else f"{chosen:,} of a ") + f"sample of {present:,})"
 
-# %% ../nbs/07_data.ipynb #0063
+# %% ../nbs/07_data.ipynb #0067
 @lru_cache(maxsize=None)
 def sample_photograph(
     name: str,          # file name, for example "astronaut.png"
@@ -352,7 +366,7 @@ def sample_photograph(
         raise FileNotFoundError(f"this scikit-image has no photograph {name}; run: pip install 'scikit-image>=0.22'")
     return read_rgb(path)
 
-# %% ../nbs/07_data.ipynb #0065
+# %% ../nbs/07_data.ipynb #0069
 SAMPLE_BOXES = {             # left, top, side of a square in pixels
     "astronaut.png": (128, 0, 192),
     "chelsea.png": (130, 20, 220),
@@ -360,7 +374,7 @@ SAMPLE_BOXES = {             # left, top, side of a square in pixels
     "rocket.jpg": (107, 0, 427),
 }
 
-# %% ../nbs/07_data.ipynb #0066
+# %% ../nbs/07_data.ipynb #0070
 def sample_images(
     size: int = 128,    # side in pixels
 ) -> torch.Tensor:      # float [4, 3, size, size] in [0, 1]
@@ -371,14 +385,14 @@ def sample_images(
         crops.append(pixels_of(square(crop, size)))
     return stack_floats(crops)
 
-# %% ../nbs/07_data.ipynb #0070
+# %% ../nbs/07_data.ipynb #0074
 SAMPLE_SPLITS = {
     "train": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "ihc.png", "retina.jpg"),
     "val": ("chelsea.png",),
     "test": ("astronaut.png",),
 }
 
-# %% ../nbs/07_data.ipynb #0071
+# %% ../nbs/07_data.ipynb #0075
 def random_crop(
     pixels: torch.Tensor,    # [3, H, W]
     size: int,               # side of the crop in pixels
@@ -389,7 +403,7 @@ def random_crop(
     top, left = (int(place) for place in random_bits(*counters, np.arange(2)) % room)
     return pixels[:, top:top + size, left:left + size]
 
-# %% ../nbs/07_data.ipynb #0073
+# %% ../nbs/07_data.ipynb #0077
 class SampleCrops(Images):
     "Random crops of scikit-image's photographs: new ones each epoch for training, fixed ones of other photographs for `val` and `test`"
     in_memory = True
@@ -417,14 +431,14 @@ class SampleCrops(Images):
         which = random_bits(self.seed, epoch, index, 2) % np.uint64(len(self.photographs))
         return random_crop(self.photographs[int(which)], self.size, self.seed, epoch, index)
 
-# %% ../nbs/07_data.ipynb #0077
+# %% ../nbs/07_data.ipynb #0081
 def data_folder(
     root=None,     # a folder; None: the environment variable LASER_DATA, else ~/.cache/laser
 ) -> Path:
     "Where downloaded image sets are kept"
     return Path(root or os.environ.get("LASER_DATA") or "~/.cache/laser").expanduser()
 
-# %% ../nbs/07_data.ipynb #0079
+# %% ../nbs/07_data.ipynb #0083
 def fetch(
     root: Path,       # folder that the images belong in
     name: str,        # name of the subfolder that the download makes
@@ -450,7 +464,7 @@ def fetch(
                             f"{goal} holds {layout}; or set data.root or the environment variable LASER_DATA to the folder "
                             f"that has {name}")
 
-# %% ../nbs/07_data.ipynb #0081
+# %% ../nbs/07_data.ipynb #0085
 class Cifar10(Images):
     "CIFAR-10 (Krizhevsky, 2009), 32x32: 45,000 training and 5,000 validation images (the official training set) and 10,000 test images"
     in_memory = True
@@ -479,12 +493,12 @@ class Cifar10(Images):
     def __len__(self): return len(self.images)
     def pixels(self, index, epoch=0): return pixels_of(square(Image.fromarray(self.images[index]), self.size))
 
-# %% ../nbs/07_data.ipynb #0088
+# %% ../nbs/07_data.ipynb #0092
 IMAGENETTE = {"160px": ("imagenette2-160", 160), "320px": ("imagenette2-320", 320), "full": ("imagenette2", float("inf"))}
 
-# %% ../nbs/07_data.ipynb #0089
+# %% ../nbs/07_data.ipynb #0093
 class Imagenette(Images):
-    "Imagenette: 8,522 training and 947 validation images (the official training set) and 3,925 test images (the official validation set)"
+    "Imagenette: 9,469 training and validation images (the official training set) and 3,925 test images (the official validation set)"
 
     official = {"train": 9469, "val": 3925}      # images in each official part
 
@@ -509,19 +523,17 @@ class Imagenette(Images):
             raise ValueError(f"{root/part} holds {len(files):,} images instead of {self.official[part]:,}; "
                              f"remove {root} and fetch it again")
         if split != "test":
-            order = sorted(files, key=lambda path: int(random_bits(0, zlib.crc32(path.name.encode()))))
-            tenth = round(len(files) / 10)
-            files = sorted(order[:tenth] if split == "val" else order[tenth:])
+            files = [path for path in files if part_by_name(path.name, test=0) == split]
         self.files, self.size = choose(files, limit, seed), size
         self.label = f"Imagenette {split}" + part_of(len(self.files), len(files))
 
     def __len__(self): return len(self.files)
     def pixels(self, index, epoch=0): return pixels_of(square(read_rgb(self.files[index]), self.size))
 
-# %% ../nbs/07_data.ipynb #0092
+# %% ../nbs/07_data.ipynb #0096
 DATASETS = {"celeba": CelebA, "cifar10": Cifar10, "imagenette": Imagenette, "folder": FolderImages, "sample": SampleCrops}
 
-# %% ../nbs/07_data.ipynb #0093
+# %% ../nbs/07_data.ipynb #0097
 def get_dataset(
     name: str,                   # "celeba", "cifar10", "imagenette", "folder" or "sample"
     split: str = "train",        # "train", "val" or "test"
@@ -542,7 +554,7 @@ def get_dataset(
     if size is not None: options["size"] = size
     return DATASETS[name](split=split, limit=limit, seed=seed, **options)
 
-# %% ../nbs/07_data.ipynb #0096
+# %% ../nbs/07_data.ipynb #0100
 def load_images(
     source="auto",           # "auto": CelebA if CELEBA_DIR is set, else the sample; a name in `DATASETS`; or a folder
     n: int = 4,              # how many images, by a seeded choice
@@ -560,7 +572,7 @@ def load_images(
         raise ValueError(f"asked for {n:,} images, but the set ({images.label}) has {len(images):,}; lower n")
     return images.batch(range(n)), images.label
 
-# %% ../nbs/07_data.ipynb #0097
+# %% ../nbs/07_data.ipynb #0101
 def load_samples(
     n: int,         # how many
     size: int,      # side in pixels
@@ -574,7 +586,7 @@ def load_samples(
     label = f"scikit-image sample photographs (4 pictures and {n - 4:,} random crops)"
     return torch.cat([images, stack_floats(crops)]), label
 
-# %% ../nbs/07_data.ipynb #0100
+# %% ../nbs/07_data.ipynb #0104
 class RandomFlips(Images):
     "Another set with each image mirrored left to right with probability 1/2, by (seed, epoch, index)"
 
@@ -592,7 +604,7 @@ class RandomFlips(Images):
         mirror = random_bits(self.seed, epoch, index) % np.uint64(2)
         return torch.from_numpy(pixels.numpy()[:, :, ::-1].copy()) if mirror else pixels
 
-# %% ../nbs/07_data.ipynb #0103
+# %% ../nbs/07_data.ipynb #0107
 class CachedImages(Images):
     "Another set that keeps each image's bytes in shared memory after its first use"
     in_memory = True
@@ -620,7 +632,7 @@ class CachedImages(Images):
 
     def __repr__(self): return f"{super().__repr__()[:-1]}, cache of {self.nbytes / 2**20:,.0f} MiB)"
 
-# %% ../nbs/07_data.ipynb #0104
+# %% ../nbs/07_data.ipynb #0108
 def check_shared_memory(
     nbytes: int,      # how much will be needed
 ) -> None:
@@ -633,7 +645,7 @@ def check_shared_memory(
                           "free; turn data.cache off, use a smaller image size or limit, or enlarge /dev/shm (docker "
                           "run --shm-size)")
 
-# %% ../nbs/07_data.ipynb #0107
+# %% ../nbs/07_data.ipynb #0111
 class EpochSampler:
     "Batches of (epoch, index) keys, for `DataLoader(batch_sampler=...)`; call `set_epoch` before each epoch"
 
@@ -677,7 +689,7 @@ class EpochSampler:
             share = np.array_split(batch, self.world_size)[self.rank]
             if len(share): yield [(epoch, int(index)) for index in share]
 
-# %% ../nbs/07_data.ipynb #0112
+# %% ../nbs/07_data.ipynb #0116
 class ByteItems(Images):
     "Another set whose items are uint8 [3, size, size]: what a loader's workers prepare"
     def __init__(self,
@@ -688,14 +700,14 @@ class ByteItems(Images):
     def pixels(self, index, epoch=0): return self.images.pixels(index, epoch)
     def __getitem__(self, key): return self.bytes_of(key)
 
-# %% ../nbs/07_data.ipynb #0113
+# %% ../nbs/07_data.ipynb #0117
 def as_floats(
     batch: torch.Tensor,    # uint8 or float, on any device
 ) -> torch.Tensor:          # float in [0, 1], on the same device
     "A batch of a loader as floats: bytes are divided by 255, floats stay as they are"
     return batch.float().div_(255) if batch.dtype == torch.uint8 else batch
 
-# %% ../nbs/07_data.ipynb #0115
+# %% ../nbs/07_data.ipynb #0119
 def make_loaders(
     train: Images,                     # training set
     val: Images,                       # validation set, in its own order, every image once
@@ -724,7 +736,7 @@ def make_loaders(
             generator=torch.Generator().manual_seed(seed)))
     return tuple(loaders)
 
-# %% ../nbs/07_data.ipynb #0116
+# %% ../nbs/07_data.ipynb #0120
 def worker_count(
     images: Images,     # the set to be loaded
 ) -> int:

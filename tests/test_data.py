@@ -1,11 +1,14 @@
 """What needs worker processes or many random cases: the loaders' promise that a batch is a pure function of (seed, epoch, step)."""
+import hashlib
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from laser.data import CachedImages, EpochSampler, FolderImages, SampleCrops, make_loaders, random_order
+from laser.data import CachedImages, EpochSampler, FolderImages, SampleCrops, make_loaders, part_by_name, random_order
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,65 @@ def test_shares_of_all_processes_make_up_the_global_batches(n, share, world_size
 @given(st.integers(1, 200), st.integers(0, 2**40), st.integers(0, 1000))
 def test_random_order_is_a_permutation(n, seed, epoch):
     assert sorted(random_order(n, seed, epoch)) == list(range(n))
+
+
+NAMES = [f"Ordner {i % 7}/{kind}_{i:03}.jpg" for i in range(65) for kind in ("Übung", "été", "图片", "b")]
+
+
+def write(root, names):
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(root/name)
+
+
+def parts_of(root, **options):
+    """Name below the folder -> part, of every image, each in one part only."""
+    parts = {}
+    for split in ("train", "val", "test"):
+        for path in FolderImages(root, split, size=8, **options).files:
+            name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+            assert name not in parts
+            parts[name] = split
+    return parts
+
+
+def right_part(name):
+    place = int(hashlib.sha256(name.lower().encode("utf-8")).hexdigest()[:16], 16)/2**64
+    return "val" if place < 0.1 else "test" if place < 0.2 else "train"
+
+
+def test_an_images_part_depends_on_its_name_alone(tmp_path):
+    write(tmp_path/"set", NAMES[:200])
+    parts = parts_of(tmp_path/"set")
+    assert parts == {name: right_part(name) for name in NAMES[:200]}
+    assert set(parts.values()) == {"train", "val", "test"}
+    assert parts_of(tmp_path/"set", seed=1) == parts                                       # evaluation with another seed
+    write(tmp_path/"set", NAMES)                                                           # 200 files, then 260
+    grown = parts_of(tmp_path/"set")
+    assert len(grown) == 260 and {name: grown[name] for name in parts} == parts
+    write(tmp_path/"elsewhere", [unicodedata.normalize("NFD", name) for name in NAMES])    # as macOS writes them
+    assert parts_of(tmp_path/"elsewhere") == grown
+    chosen = parts_of(tmp_path/"set", limit=10, seed=3)
+    assert len(chosen) == 30 and all(grown[name] == part for name, part in chosen.items())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
+def test_every_spelling_of_a_name_has_one_part(name):
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    assert len({part_by_name(form) for form in forms}) == 1
+    shares = [(0, 0), (1, 0), (0, 1)]
+    assert [part_by_name(name, *share) for share in shares] == ["train", "val", "test"]
+
+
+def test_an_empty_part_is_an_error_that_says_how_to_mend_it(tmp_path):
+    write(tmp_path, ["b.png"])
+    assert right_part("b.png") == "train" and len(FolderImages(tmp_path, "train")) == 1
+    for split in ("val", "test"):
+        with pytest.raises(ValueError, match="subfolders train, val and test, or add more images"): FolderImages(tmp_path, split)
+    (tmp_path/"caf\udce9.png").write_bytes((tmp_path/"b.png").read_bytes())                # a name that is not UTF-8
+    assert {part_by_name(path.relative_to(tmp_path)) for path in FolderImages(tmp_path).files} <= {"train", "val", "test"}
+    assert len(FolderImages(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("method, workers, cache", [("fork", 2, True), ("fork", 1, False), ("spawn", 1, True)])
