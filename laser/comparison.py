@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .bottleneck import code_usage, kmeans, perplexity
 from .data import get_dataset, load_images
-from .kernels import nearest_entry
 from .metrics import color_distance, dl_bits, mse, per_channel_mse, vq_bits
 from .pursuit import normalize_atoms, pursuit
-from .sparse_coding import SparseCode, batch_omp, coefficient_limit, quantize_coefficients
+from .sparse_coding import SparseCode, batch_omp, coefficient_limit, nearest_entry, quantize_coefficients
 
 # %% auto #0
 __all__ = ['ORIGINAL', 'to_pixels', 'to_images', 'signed_errors', 'check_study', 'make_palette', 'unit_atoms', 'Method',
