@@ -360,20 +360,13 @@ def rate(
 # %% ../nbs/15_cli.ipynb #0064
 def comparison_figure(
     x: "torch.Tensor",         # images [n, 3, H, W] in [0, 1]
-    models: dict,              # name -> model, one or two
+    models: dict,              # name -> model
 ):  # a matplotlib figure
     "Reconstructions side by side."
     import torch
-    from laser.plots import plot_reconstructions, show_images
+    from laser.plots import plot_reconstructions
     with torch.no_grad(): pictures = {name: model.eval()(x).reconstruction.float() for name, model in models.items()}
-    names = list(pictures)
-    if len(names) == 2:
-        bits = tuple(rate(models[n]) for n in names)
-        return plot_reconstructions(x, *pictures.values(), names=tuple(names), bits=bits)
-    errors = (x - pictures[names[0]]).square().mean((1, 2, 3))
-    images = [image for pair in zip(x, pictures[names[0]]) for image in pair]
-    titles = [text for e in errors for text in ("original", f"{names[0]}, MSE {e:.2g}")]
-    return show_images(images, titles, ncols=2)
+    return plot_reconstructions(x, pictures, bits={name: rate(model) for name, model in models.items()})
 
 # %% ../nbs/15_cli.ipynb #0067
 NAMES = dict(vqvae="VQ-VAE", dlvae="DL-VAE")
