@@ -245,7 +245,7 @@ class WeightAverage:
         decay = min(self.decay, (1 + step)/(10 + step))
         for mine, theirs in zip(self.model.parameters(), model.parameters()): mine.lerp_(theirs, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers()): mine.copy_(theirs)
-        if isinstance(model, DLVAE): self.model.bottleneck.normalize_()
+        self.model.bottleneck.after_step()
 
 # %% ../nbs/10_training.ipynb #0054
 class StopSignal:
@@ -496,7 +496,7 @@ def training_loaders(
     "Loaders for training and validation."
     d, limit = config.data, config.train.limit_train_batches
     loaders = make_loaders(train, val, batch_size=d.batch_size, flip=d.augment, cache=d.cache, num_workers=d.num_workers,
-                           pin_memory=on_gpu, as_bytes=on_gpu, seed=config.seed, rank=rank, world_size=world_size)
+                           pin_memory=on_gpu, seed=config.seed, rank=rank, world_size=world_size)
     for loader in loaders: loader.worker_init_fn = ignore_interrupts
     sampler = loaders[0].batch_sampler
     wanted = int(limit) if limit > 1 else max(1, int(sampler.steps_per_epoch*limit))
@@ -634,7 +634,7 @@ def _fit(config, resume, fabric, datasets, folder, place):
                         norm = fabric.clip_gradients(wrapped, optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
                     optimizer.step()                                                 # step downhill
                     optimizer.zero_grad()
-                    if isinstance(model, DLVAE): model.bottleneck.normalize_()       # atoms back to unit norm
+                    model.bottleneck.after_step()                                    # atoms back to unit norm
                     at.step += 1
                     if average: average.update(model, at.step)
 
@@ -714,7 +714,7 @@ def profile_step(
         torch.autograd.backward([b.quantized, b.loss], [q_cut.grad, None]); t.append(now())
         z.backward(z_cut.grad);                                       t.append(now())
         optimizer.step(), optimizer.zero_grad()
-        if isinstance(model, DLVAE): model.bottleneck.normalize_()
+        model.bottleneck.after_step()
         t.append(now())
         lap = [b - a for a, b in zip(t, t[1:])]                       # data, encoder, bottleneck, decoder, back, back, optimiser
         times.append([lap[0], lap[1] + lap[5], lap[2] + lap[4], lap[3], lap[6]])
@@ -739,7 +739,7 @@ def training_speed(
             start = time.perf_counter()
             model(x).loss.backward()
             optimizers[name].step(), optimizers[name].zero_grad()
-            if isinstance(model, DLVAE): model.bottleneck.normalize_()
+            model.bottleneck.after_step()
             if x.is_cuda: torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
