@@ -496,7 +496,7 @@ def training_loaders(
     "Loaders for training and validation."
     d, limit = config.data, config.train.limit_train_batches
     loaders = make_loaders(train, val, batch_size=d.batch_size, flip=d.augment, cache=d.cache, num_workers=d.num_workers,
-                           pin_memory=on_gpu, as_bytes=on_gpu, seed=config.seed, rank=rank, world_size=world_size)
+                           pin_memory=on_gpu, seed=config.seed, rank=rank, world_size=world_size)
     for loader in loaders: loader.worker_init_fn = ignore_interrupts
     sampler = loaders[0].batch_sampler
     wanted = int(limit) if limit > 1 else max(1, int(sampler.steps_per_epoch*limit))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from laser.data import random_bits
 from laser.training import find_checkpoint
 
 RUN = """
@@ -46,12 +45,14 @@ def start(folder, model, data, kill_at=0, resume=False, **kwargs):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """40 small pictures: smooth noise, each of its own."""
+    """32 small pictures to train on, 4 to validate and 4 to test: smooth noise, each of its own."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(40):
-        torch.manual_seed(int(random_bits(1, i) % 2**31))
+    parts = ["train"]*32 + ["val"]*4 + ["test"]*4
+    for part in set(parts): (folder/part).mkdir()
+    for i, part in enumerate(parts):
+        torch.manual_seed(1000 + i)
         coarse = (torch.rand(6, 6, 3)*255).byte().numpy()
-        Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC).save(folder/f"{i:02d}.png")
+        Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC).save(folder/part/f"{i:02d}.png")
     return folder
 
 
