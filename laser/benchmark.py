@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .bottleneck import to_patches
 from .data import load_images
-from .kernels import chunk_rows, count_differences, nearest_entry, omp_numba
+from .kernels_cpu import chunk_rows, count_differences, omp_numba
 from .models import DLVAE, load_pretrained
 from .pursuit import normalize_atoms
-from .sparse_coding import omp_torch
+from .sparse_coding import nearest_entry, omp_torch
 from .training import find_checkpoint
 
 # %% ../nbs/32_benchmark.ipynb #0006
@@ -132,7 +132,7 @@ def product_only(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
 ) -> Tensor:  # [rows of a chunk, K], where the last chunk is left
-    "All correlations, in the chunks of `laser.kernels`, into one buffer, and nothing done with them."
+    "All correlations, in the chunks of `laser.kernels_cpu`, into one buffer, and nothing done with them."
     rows = chunk_rows(dictionary.shape[1])
     buffer = signals.new_empty(min(rows, len(signals)), dictionary.shape[1])
     for x in signals.split(rows): torch.mm(x, dictionary, out=buffer[:len(x)])

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .bottleneck import code_usage, kmeans, perplexity
 from .data import get_dataset, load_images
-from .kernels import nearest_entry
 from .metrics import color_distance, dl_bits, mse, per_channel_mse, vq_bits
 from .pursuit import normalize_atoms, pursuit
-from .sparse_coding import SparseCode, batch_omp, coefficient_limit, quantize_coefficients
+from .sparse_coding import SparseCode, batch_omp, coefficient_limit, nearest_entry, quantize_coefficients
 
 # %% auto #0
 __all__ = ['ORIGINAL', 'to_pixels', 'to_images', 'signed_errors', 'check_study', 'make_palette', 'unit_atoms', 'Method',
@@ -417,15 +416,16 @@ def study_figures(
     coarse = next(m.coefficient_bits for m in study.methods if m.coefficient_bits)
     name, deep, theirs = study.find("omp", min(2, level), coarse), study.find("omp", level), study.original
     cost = {m.name: f"{m.bits(K)} bits/pixel" for m in study.methods}
-    show = lambda which: study.reconstructions[which][:rows]
-    usage = {key: code_usage(study.codes[key], K) for key in ("VQ", name, theirs)}
+    cost[theirs] += " (continuous coefficients)"
+    show = lambda *which: {key: study.reconstructions[key][:rows] for key in which}
+    codes = {key: _first(study.codes[key], rows) for key in ("VQ", deep)}
     return {
-        "reconstruction_comparison": plots.plot_reconstructions(images, show("VQ"), show(name), ("VQ", name), 2, (cost["VQ"], cost[name])),
-        "reconstruction_original": plots.plot_reconstructions(images, show("VQ"), show(theirs), ("VQ", theirs), 2, (cost["VQ"], cost[theirs] + " (continuous coefficients)")),
-        "atoms_needed": plots.plot_code_heatmaps(images, _first(study.codes["VQ"], rows), _first(code_as_needed(study)[0], rows), K, ("VQ", "OMP as needed")),
-        "code_heatmaps": plots.plot_code_heatmaps(images, _first(study.codes["VQ"], rows), _first(study.codes[deep], rows), K, ("VQ", deep)),
-        "channel_comparison": plots.plot_channels(images[0], show("VQ")[0], show(name)[0], names=("VQ", name), range_width=2, bits=(cost["VQ"], cost[name])),
-        "codebook_usage": plots.plot_usage(usage, colors=dict(zip(usage, (plots.COLORS[c] for c in ("vq", "dl", "neutral"))))),
+        "reconstruction_comparison": plots.plot_reconstructions(images, show("VQ", name), cost, 2),
+        "reconstruction_original": plots.plot_reconstructions(images, show("VQ", theirs), cost, 2),
+        "atoms_needed": plots.plot_code_heatmaps(images, {"VQ": codes["VQ"], "OMP as needed": _first(code_as_needed(study)[0], rows)}),
+        "code_heatmaps": plots.plot_code_heatmaps(images, codes),
+        "channel_comparison": plots.plot_channels(images[0], {key: r[0] for key, r in show("VQ", name).items()}, cost, range_width=2),
+        "codebook_usage": plots.plot_usage({key: code_usage(study.codes[key], K) for key in ("VQ", name, theirs)}),
         "palette": plots.plot_palette((study.palette + 1) / 2, unit_atoms(study.palette)),
     }
 

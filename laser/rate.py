@@ -113,7 +113,7 @@ def nearest_entry_rd(
 
     Source: Chou, Lookabaugh and Gray 1989, "Entropy-constrained vector quantization".
     """
-    from laser.kernels import nearest_entry  # a kernel, explained at the back
+    from laser.sparse_coding import nearest_entry
 
     if not rate_weight >= 0: raise ValueError(f"rate_weight must not be negative, got {rate_weight}")
     if not rate_weight: return nearest_entry(z, codebook)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from laser import kernels
-from laser.kernels import count_differences, nearest_entry, omp_numba
+from laser import kernels_cuda
+from laser.kernels_cpu import count_differences, omp_numba
 from laser.pursuit import METHODS, eligible_norm, normalize_atoms, pursuit
+from laser.sparse_coding import nearest_entry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -46,8 +47,9 @@ def test_workers_forked_after_threads_code_as_their_parent_does(threads):
     script = f"""
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from laser.kernels import nearest_entry, omp_numba
+from laser.kernels_cpu import omp_numba
 from laser.pursuit import normalize_atoms
+from laser.sparse_coding import nearest_entry
 torch.set_num_threads({threads})
 generator = torch.Generator().manual_seed(0)
 x, D = torch.randn(300, 40, generator=generator), normalize_atoms(torch.randn(40, 90, generator=generator))
@@ -69,19 +71,21 @@ for _ in range(5):
 
 
 def test_operators_may_be_registered_again():
-    "Notebook 30 defines the operators of the package once more when both run in one process, as while the site's pages are built."
+    "Notebooks define the operators of the package once more when both run in one process, as while the site's pages are built."
     script = """
 import torch
-import laser.kernels as package
+import laser.kernels_cpu as kernels
+import laser.sparse_coding as package
 generator = torch.Generator().manual_seed(0)
 x, D = torch.randn(50, 8, generator=generator), torch.nn.functional.normalize(torch.randn(8, 20, generator=generator), dim=0)
-codes, nearest = package.omp_numba(x, D, 3)[0], package.nearest_entry(x, D.T)
-notebook = {"__name__": "notebook", "__package__": "laser"}
-for _ in range(2):
-    exec(compile(open(package.__file__).read(), package.__file__, "exec"), notebook)
-    for module in (vars(package), notebook):
-        assert torch.equal(module["omp_numba"](x, D, 3)[0], codes) and torch.equal(module["nearest_entry"](x, D.T), nearest)
-assert torch.equal(torch.compile(notebook["omp_numba"], fullgraph=True, backend="eager")(x, D, 3)[0], codes)
+codes, nearest = kernels.omp_numba(x, D, 3)[0], package.nearest_entry(x, D.T)
+for module, name, args, expected in ((kernels, "omp_numba", (x, D, 3), codes), (package, "nearest_entry", (x, D.T), nearest)):
+    notebook = {"__name__": "notebook", "__package__": "laser"}
+    for _ in range(2):
+        exec(compile(open(module.__file__).read(), module.__file__, "exec"), notebook)
+        for function in (vars(module)[name], notebook[name], torch.compile(notebook[name], fullgraph=True, backend="eager")):
+            result = function(*args)
+            assert torch.equal(result if name == "nearest_entry" else result[0], expected)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -95,8 +99,9 @@ assert torch.equal(torch.compile(notebook["omp_numba"], fullgraph=True, backend=
 def test_working_memory_stays_under_256_mb(B, M, K, S, method, dtype):
     script = f"""
 import torch
-from laser.kernels import nearest_entry, omp_numba
+from laser.kernels_cpu import omp_numba
 from laser.pursuit import normalize_atoms
+from laser.sparse_coding import nearest_entry
 def megabytes(key): return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
 x, D = torch.randn({B}, {M}, dtype=torch.{dtype}), normalize_atoms(torch.randn({M}, {K}, dtype=torch.{dtype}))
 def code(x, D): return nearest_entry(x, D.T) if "{method}" == "vq" else omp_numba(x, D, {S}, method="{method}")[0]
@@ -118,7 +123,7 @@ def test_threads_that_share_an_allocator_do_not_share_working_arrays():
     script = """
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from laser.kernels import omp_numba
+from laser.kernels_cpu import omp_numba
 from laser.pursuit import normalize_atoms
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -176,8 +181,8 @@ cuda_compiler = pytest.mark.skipif(importlib.util.find_spec("triton") is None or
 @pytest.mark.parametrize("rule", [0, 1, 2])
 @pytest.mark.parametrize("K, S", [(16, 4), (512, 5), (2048, 8), (8192, 16)])
 def test_fused_cuda_kernel_keeps_correlations_in_registers(K, S, rule, capability):
-    block = kernels._power_of_two(K, 32)
-    shared, spilled = compiled(kernels._fused_kernel(), kernels._fused_warps(block), capability, S=S, RULE=rule, BLOCK_K=block, BLOCK_S=kernels._power_of_two(S, 2))
+    block = kernels_cuda._power_of_two(K, 32)
+    shared, spilled = compiled(kernels_cuda._fused_kernel(), kernels_cuda._fused_warps(block), capability, S=S, RULE=rule, BLOCK_K=block, BLOCK_S=kernels_cuda._power_of_two(S, 2))
     assert shared <= 48 * 1024 and spilled == 0  # every GPU has 48 kB
 
 
@@ -189,13 +194,13 @@ def test_fused_cuda_kernel_keeps_correlations_in_registers(K, S, rule, capabilit
 def test_streaming_cuda_kernel_fits(M, S, double, rule, precision, capability):
     rows, real, whole = (1, "*fp64", "*i64") if double else (16, "*fp32", "*i32")
     types = TYPES | {"RESIDUAL": real, "BASIS": real, "TRIANGLE": real, "NORMS": real, "ORDER": whole, "COUNT": whole}
-    shared, spilled = compiled(kernels._streaming_kernel(), kernels._streaming_warps(rows, M), capability, types, S=S, RULE=rule, PRECISION=precision, LISTED=double,
-                               BLOCK_B=rows, BLOCK_M=M, BLOCK_D=16, BLOCK_K=32 if double else 64, BLOCK_S=kernels._power_of_two(S, 2))
+    shared, spilled = compiled(kernels_cuda._streaming_kernel(), kernels_cuda._streaming_warps(rows, M), capability, types, S=S, RULE=rule, PRECISION=precision, LISTED=double,
+                               BLOCK_B=rows, BLOCK_M=M, BLOCK_D=16, BLOCK_K=32 if double else 64, BLOCK_S=kernels_cuda._power_of_two(S, 2))
     assert shared <= 48 * 1024 and spilled <= 128
 
 
 @cuda_compiler
 @pytest.mark.parametrize("capability", [80, 90])
 def test_scaling_cuda_kernel_fits(capability):
-    shared, spilled = compiled(kernels._scaling_kernel(), 4, capability, BLOCK_B=16, BLOCK_M=64)
+    shared, spilled = compiled(kernels_cuda._scaling_kernel(), 4, capability, BLOCK_B=16, BLOCK_M=64)
     assert shared <= 48 * 1024 and spilled == 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser.kernels import count_differences
+from laser.kernels_cpu import count_differences
 from laser.pursuit import METHODS, compare_supports, normalize_atoms, pursuit
 from laser.sparse_coding import batch_omp, refit
 
