@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from laser.bottleneck import DictionaryLearning
 from laser.data import sample_images
 from laser.metrics import Fid, Lpips, ReconstructionMetrics
 from laser.sparse_coding import SparseCode
@@ -27,7 +28,9 @@ def problem():
 
 def measure(parts):
     torch.manual_seed(0)
-    metrics = ReconstructionMetrics(num_embeddings=8, bits_per_code=20, lpips=Lpips("squeeze", pretrained=False), fid=Fid(Colour()))
+    bottleneck = DictionaryLearning(8, 3, 2, coefficient_bits=4)
+    bottleneck.fit_tables(problem()[2])
+    metrics = ReconstructionMetrics(bottleneck, lpips=Lpips("squeeze", pretrained=False), fid=Fid(Colour()))
     x, y, codes = problem()
     for part in parts: metrics.update(x[part], y[part], SparseCode(codes.indices[part], codes.values[part]))
     return metrics.compute()
@@ -56,7 +59,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     results = [result for _ in workers for result in queue.get(timeout=300)]
     for process in workers: process.join(60)
     assert all(process.exitcode == 0 for process in workers)
-    assert expected["images"] == 4 and {"lpips", "rfid", "usage", "perplexity", "bits_per_pixel"} <= set(expected)
+    assert expected["images"] == 4 and {"lpips", "rfid", "usage", "perplexity", "bits_per_pixel", "bits_per_pixel_ideal"} <= set(expected)
     for result in results:
         assert list(result) == list(expected)
         for name, value in expected.items(): assert math.isclose(result[name], value, rel_tol=1e-5, abs_tol=1e-7), name
