@@ -6,7 +6,7 @@
 __all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'MODELS', 'ModelOutput', 'check_images', 'range_note', 'read_config', 'fetch_model',
            'weight_differences', 'Autoencoder', 'network_options', 'model_options', 'VQVAE', 'DLVAE', 'load_pretrained']
 
-# %% ../nbs/06_models.ipynb #0003
+# %% ../nbs/06_models.ipynb #ceb3a822
 import json, math, os, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def check_images(
         raise ValueError(f"image sides must be divisible by {divisor} (downsampling factor times patch size), but they "
                          f"are {h}x{w}: crop to {down[0]}x{down[1]} or pad to {up[0]}x{up[1]}")
 
-# %% ../nbs/06_models.ipynb #0012
+# %% ../nbs/06_models.ipynb #b792400c
 def range_note(
     x: torch.Tensor,          # floating point, any shape
     value_range: tuple[float, float] = (0.0, 1.0),  # least and largest value allowed
@@ -71,10 +71,10 @@ def range_note(
     return (f"the {what} lie in [{least:.4g}, {largest:.4g}], outside {list(value_range)}: divide [0, 255] by 255, map [-1, 1] "
             "to [0, 1] with (x + 1)/2, and clamp reconstructions with x.clamp(0, 1)")
 
-# %% ../nbs/06_models.ipynb #0015
+# %% ../nbs/06_models.ipynb #0012
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
-# %% ../nbs/06_models.ipynb #0016
+# %% ../nbs/06_models.ipynb #0013
 def read_config(
     folder: str | Path,  # a folder written by `save_pretrained`
 ) -> dict:  # "bottleneck" (its registered name), "laser_version" and the options
@@ -91,7 +91,7 @@ def read_config(
     if "bottleneck" not in config and "own" not in config: config["bottleneck"] = old.get(config.get("model"), config.get("model"))
     return config
 
-# %% ../nbs/06_models.ipynb #0018
+# %% ../nbs/06_models.ipynb #7111dcfe
 def fetch_model(
     place: str | Path,  # a folder, or a name on the Hugging Face Hub
     revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None,  # on the Hub
@@ -103,7 +103,7 @@ def fetch_model(
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(text, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
 
-# %% ../nbs/06_models.ipynb #0020
+# %% ../nbs/06_models.ipynb #0016
 def weight_differences(
     ours: dict,    # name -> shape, of the model
     theirs: dict,  # name -> shape, of the file
@@ -116,7 +116,7 @@ def weight_differences(
     parts = [("missing from the file: ", missing), ("only in the file: ", extra), ("of another shape: ", shapes)]
     return "; ".join(text + listed(names) for text, names in parts if names)
 
-# %% ../nbs/06_models.ipynb #0023
+# %% ../nbs/06_models.ipynb #f976a1d3
 class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license="mit", pipeline_tag="image-to-image",
                   repo_url="https://github.com/laser-developers/laser", tags=["autoencoder", "image-reconstruction"]):
     """Encoder, 1x1 convolution, bottleneck, 3x3 convolution, decoder.
@@ -264,7 +264,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
 
     kind = None   # of the short names: the bottleneck they stand for
 
-# %% ../nbs/06_models.ipynb #0025
+# %% ../nbs/06_models.ipynb #6690d7b6
 def network_options() -> dict[str, Option]:
     "The options of encoder and decoder."
     return {k: o for k, o in signature_options(Autoencoder).items() if k not in ("bottleneck", "encoder", "decoder")}
@@ -275,28 +275,28 @@ def model_options(
     "Every option of a model with this bottleneck: default, type and meaning."
     return network_options() | bottleneck_options(bottleneck)
 
-# %% ../nbs/06_models.ipynb #0028
+# %% ../nbs/06_models.ipynb #0021
 def _short(cls):
     "Give a short name the signature that its bottleneck implies, for help and completion."
     parameters = [Parameter(k, Parameter.KEYWORD_ONLY, default=o.default, annotation=o.type) for k, o in model_options(cls.kind).items()]
     cls.__signature__ = Signature(parameters)
     return cls
 
-# %% ../nbs/06_models.ipynb #0029
+# %% ../nbs/06_models.ipynb #b51416c3
 @_short
 class VQVAE(Autoencoder):
     "Autoencoder that codes each latent vector as the index of one codebook entry: `Autoencoder(\"vq\")`."
     kind = "vq"
     def __init__(self, **options): super().__init__(self.kind, **options)
 
-# %% ../nbs/06_models.ipynb #0032
+# %% ../nbs/06_models.ipynb #0024
 @_short
 class DLVAE(Autoencoder):
     "Autoencoder that codes each latent vector (or patch of them) as a sparse sum of dictionary atoms: `Autoencoder(\"dl\")`."
     kind = "dl"
     def __init__(self, **options): super().__init__(self.kind, **options)
 
-# %% ../nbs/06_models.ipynb #0055
+# %% ../nbs/06_models.ipynb #0047
 def load_pretrained(
     folder: str | Path,  # written by `save_pretrained`, or a checkpoint of a training run
     **modules,  # encoder, decoder, bottleneck of one's own, where it was saved with such
@@ -305,5 +305,5 @@ def load_pretrained(
     name = read_config(fetch_model(folder))["bottleneck"]
     return next((c for c in (VQVAE, DLVAE) if c.kind == name and not modules), Autoencoder).from_pretrained(folder, **modules)
 
-# %% ../nbs/06_models.ipynb #0058
+# %% ../nbs/06_models.ipynb #a8d98343
 MODELS = dict(vqvae="vq", dlvae="dl", rvqvae="rvq", gsvqvae="gsvq", pqvae="pq", fsqvae="fsq", ae="none")
