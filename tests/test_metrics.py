@@ -1,6 +1,8 @@
 """The accumulator over two gloo processes: the figures of the whole set on each of them."""
 import math
+import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 from laser.bottleneck import DictionaryLearning
 from laser.data import sample_images
 from laser.metrics import Fid, Lpips, ReconstructionMetrics
+from laser.models import VQVAE
 from laser.sparse_coding import SparseCode
 
 
@@ -63,3 +66,13 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     for result in results:
         assert list(result) == list(expected)
         for name, value in expected.items(): assert math.isclose(result[name], value, rel_tol=1e-5, abs_tol=1e-7), name
+
+
+@pytest.mark.parametrize("scale, shift, says", [(1, 0, None), (255, 0, "divide [0, 255] by 255"), (2, -1, "(x + 1)/2")])
+def test_a_model_says_once_that_its_images_are_out_of_range(scale, shift, says):
+    model = VQVAE(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16).eval()
+    x = sample_images(32)*scale + shift
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2): model(x)
+    assert len(caught) == (says is not None) and all(says in str(warning.message) for warning in caught)
