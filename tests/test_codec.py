@@ -151,7 +151,7 @@ def check_mutations(model, count):
 def test_mutated_streams(model): check_mutations(model, 400 // len([*with_alphabet()]) + 1)
 
 
-@pytest.mark.skipif("LASER_SLOW" not in os.environ, reason="minutes: set LASER_SLOW=1 to run it")
+@pytest.mark.slow
 def test_many_mutated_streams(model): check_mutations(model, 4000)
 
 
