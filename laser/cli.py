@@ -597,6 +597,7 @@ def reconstruct_job(cfg):
     import torch
     from torchvision.utils import save_image
     from laser.data import image_files, load_image
+    from laser.metrics import psnr_of_mse
     from laser.models import load_pretrained
     from laser.plots import error_map
     from laser.training import find_checkpoint
@@ -622,7 +623,7 @@ def reconstruct_job(cfg):
             save_image(y, staging/f"{name}_reconstruction.png")
             plt.imsave(staging/f"{name}_error.png", m.numpy(), cmap="magma", vmin=0, vmax=brightest(m))
             mse = float((x - y).square().mean())
-            print(f"{name}: {x.shape[-2]}x{x.shape[-1]}, MSE {mse:.5f}, PSNR {-10*torch.tensor(max(mse, 1e-12)).log10():.2f} dB")
+            print(f"{name}: {x.shape[-2]}x{x.shape[-1]}, MSE {mse:.5f}, PSNR {float(psnr_of_mse(mse)):.2f} dB")
             if len(shown) < SHEET_ROWS: shown.append((x, y, m, name))
         sheet_figure(*zip(*shown)).savefig(staging/"sheet.png", dpi=110)
         for file in staging.iterdir(): os.replace(file, out/file.name)
