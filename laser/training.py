@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from .checkpoints import (CheckpointConfig, CheckpointError, Checkpoints, append_row, claim, find_checkpoint, keep_rows,
                                load_training_state, read_json, rng_state, set_rng_state)
 from .data import Images, as_floats, get_dataset, make_loaders
-from .metrics import Lpips, ReconstructionMetrics, load_fid, load_lpips, sum_over_processes
+from .metrics import Lpips, ReconstructionMetrics, load_fid, load_lpips, psnr_of_mse, sum_over_processes
 from .models import DLVAE, VQVAE, Autoencoder
 
 # %% ../nbs/10_training.ipynb #0007
@@ -352,7 +352,7 @@ def evaluate(
     try:
         model.eval()
         if coefficient_bits is not None: bottleneck.coefficient_bits = coefficient_bits
-        metrics = ReconstructionMetrics(bottleneck.num_embeddings, bottleneck.bits_per_code(), lpips, fid)
+        metrics = ReconstructionMetrics(bottleneck, lpips, fid)
         losses = torch.zeros(2, dtype=torch.float64)  # sum over images, images
         for x in loader:
             x = as_floats(x.to(device, non_blocking=True))
@@ -416,7 +416,7 @@ def psnr_of_loss(
     mse: float,  # mean squared error on [-1, 1]
 ) -> float:  # dB
     "PSNR (data range 1 on [0, 1]) of a mean squared error on [-1, 1]."
-    return 10*math.log10(4/max(mse, 1e-12))
+    return float(psnr_of_mse(mse/4))
 
 # %% ../nbs/10_training.ipynb #0091
 def _leave_group():
