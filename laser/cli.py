@@ -173,11 +173,12 @@ def make_absolute(
     typed: dict,  # key in full -> value; changed here
     keys: dict,   # key in full -> the field that declares it
 ) -> None:
-    "Paths as they were meant where the command was typed."
+    "Lists as lists, and paths as they were meant where the command was typed."
     def absolute(path): return path if path in ("null", "auto") else os.path.abspath(os.path.expanduser(path))
+    for key, value in typed.items():
+        if key in keys and keys[key].type == list[str] and isinstance(value, str): typed[key] = value.strip("[]").split(",")
     for key in path_keys(typed, keys):
         value = typed[key]
-        if keys[key].type == list[str] and isinstance(value, str): value = value.strip("[]").split(",")
         typed[key] = absolute(value) if isinstance(value, str) else [absolute(v) for v in value]
 
 # %% ../nbs/15_cli.ipynb #0033
@@ -423,12 +424,12 @@ def prepare_training(
         if not os.path.isdir(resume): raise FileNotFoundError(f"train.resume={resume} does not exist: name a run's folder or a checkpoint")
         run = next((p.parent for p in (Path(resume), *Path(resume).parents) if p.name == "checkpoints"), resume)
         typed |= {"hydra.run.dir": str(run), "hydra.output_subdir": "null"}  # no second folder, and the record of the start stays
-        return
-    for key in (key for key in typed if key.startswith("model.") and not {*owners(key)} & {*names}):
-        raise ValueError(f"{key}: no {', '.join(names)} has this option; it belongs to {', '.join(owners(key))}")
-    if typed.get("data", "sample") == "sample":
-        quick = {k: v for k, v in QUICK_START.items() if not k.startswith("model.") or {*owners(k)} & {*names}}
-        line.typed = quick | typed
+    else:
+        for key in (key for key in typed if key.startswith("model.") and not {*owners(key)} & {*names}):
+            raise ValueError(f"{key}: no {', '.join(names)} has this option; it belongs to {', '.join(owners(key))}")
+        if typed.get("data", "sample") == "sample":
+            quick = {k: v for k, v in QUICK_START.items() if not k.startswith("model.") or {*owners(k)} & {*names}}
+            line.typed = quick | typed
     if len(names) > 1 and not ("model" in typed and line.many):
         groups["model"] = models | dict(several=several({name: models[name] for name in names}))
         line.typed["model"] = "several"
