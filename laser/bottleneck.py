@@ -797,7 +797,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
 
     def _limits(self, code=None):
         "[S] the range of each slot; of one that training never saw, that of these codes."
-        limits = self.coefficient_limits.float()
+        limits = self.coefficient_limits[:self.sparsity_level].float()
         return limits if code is None else torch.where(limits > 0, limits.to(code.values.dtype), coefficient_limit(code.detach()))
 
     def decode_signals(self, codes: SparseCode) -> Tensor:
