@@ -264,7 +264,7 @@ class _State(nn.Module):
         self.register_buffer("ema_counts", torch.ones(num_entries))         # running mean of uses per batch
         self.register_buffer("initialized", torch.tensor(init == "random"))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))   # training batches seen
-        self._host = None                                                   # (initialized, steps), read when needed
+        self._host = (init == "random", 0)                                # (initialized, steps), as the buffers say
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -797,7 +797,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
 
     def _limits(self, code=None):
         "[S] the range of each slot; of one that training never saw, that of these codes."
-        limits = self.coefficient_limits.float()
+        limits = self.coefficient_limits[:self.sparsity_level].float()
         return limits if code is None else torch.where(limits > 0, limits.to(code.values.dtype), coefficient_limit(code.detach()))
 
     def decode_signals(self, codes: SparseCode) -> Tensor:
