@@ -209,7 +209,7 @@ def key_lines(
         found = (re.search(rf"^\s+{f.name}: [^#\n]*#\s*(.*)$", text, re.M) for text in sources)
         default = f.default if f.default_factory is MISSING else f.default_factory()
         shown = "..." if "${" in str(default) else {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
-        lines.append(f"  {f'{prefix}{f.name}={shown}':<36} {next((m.group(1) for m in found if m), '')}".rstrip())
+        lines.append(f"  {f'{prefix}{f.name}={shown}':<36} {f.metadata.get('help') or next((m.group(1) for m in found if m), '')}".rstrip())
     return lines
 
 # %% ../nbs/15_cli.ipynb #0039
