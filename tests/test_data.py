@@ -1,11 +1,17 @@
 """What needs worker processes or many random cases: the loaders' promise that a batch is a pure function of (seed, epoch, step)."""
+import hashlib
+import struct
+import unicodedata
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from laser.data import CachedImages, EpochSampler, FolderImages, SampleCrops, make_loaders, random_order
+from laser.data import (CachedImages, EpochSampler, FolderImages, SampleCrops, get_dataset, image_files, load_image, make_loaders,
+                        part_by_name, read_rgb)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +57,63 @@ def test_shares_of_all_processes_make_up_the_global_batches(n, share, world_size
         assert list(one) == whole[start:] and len(one) == len(whole) - start
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 200), st.integers(0, 2**40), st.integers(0, 1000))
-def test_random_order_is_a_permutation(n, seed, epoch):
-    assert sorted(random_order(n, seed, epoch)) == list(range(n))
+NAMES = [f"Ordner {i % 7}/{kind}_{i:03}.jpg" for i in range(65) for kind in ("Übung", "été", "图片", "b")]
+
+
+def write(root, names):
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(root/name)
+
+
+def parts_of(root, **options):
+    """Name below the folder -> part, of every image, each in one part only."""
+    parts = {}
+    for split in ("train", "val", "test"):
+        for path in FolderImages(root, split, size=8, **options).files:
+            name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+            assert name not in parts
+            parts[name] = split
+    return parts
+
+
+def right_part(name):
+    place = int(hashlib.sha256(name.lower().encode("utf-8")).hexdigest()[:16], 16)/2**64
+    return "val" if place < 0.1 else "test" if place < 0.2 else "train"
+
+
+def test_an_images_part_depends_on_its_name_alone(tmp_path):
+    write(tmp_path/"set", NAMES[:200])
+    parts = parts_of(tmp_path/"set")
+    assert parts == {name: right_part(name) for name in NAMES[:200]}
+    assert set(parts.values()) == {"train", "val", "test"}
+    assert parts_of(tmp_path/"set", seed=1) == parts                                       # evaluation with another seed
+    write(tmp_path/"set", NAMES)                                                           # 200 files, then 260
+    grown = parts_of(tmp_path/"set")
+    assert len(grown) == 260 and {name: grown[name] for name in parts} == parts
+    write(tmp_path/"elsewhere", [unicodedata.normalize("NFD", name) for name in NAMES])    # as macOS writes them
+    assert parts_of(tmp_path/"elsewhere") == grown
+    chosen = parts_of(tmp_path/"set", limit=10, seed=3)
+    assert len(chosen) == 30 and all(grown[name] == part for name, part in chosen.items())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
+def test_every_spelling_of_a_name_has_one_part(name):
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    assert len({part_by_name(form) for form in forms}) == 1
+    shares = [(0, 0), (1, 0), (0, 1)]
+    assert [part_by_name(name, *share) for share in shares] == ["train", "val", "test"]
+
+
+def test_an_empty_part_is_an_error_that_says_how_to_mend_it(tmp_path):
+    write(tmp_path, ["b.png"])
+    assert right_part("b.png") == "train" and len(FolderImages(tmp_path, "train")) == 1
+    for split in ("val", "test"):
+        with pytest.raises(ValueError, match="subfolders train, val and test, or add more images"): FolderImages(tmp_path, split)
+    (tmp_path/"caf\udce9.png").write_bytes((tmp_path/"b.png").read_bytes())                # a name that is not UTF-8
+    assert {part_by_name(path.relative_to(tmp_path)) for path in FolderImages(tmp_path).files} <= {"train", "val", "test"}
+    assert len(FolderImages(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("method, workers, cache", [("fork", 2, True), ("fork", 1, False), ("spawn", 1, True)])
@@ -107,3 +166,125 @@ def test_cache_decodes_each_image_once(folder, monkeypatch):
     loader, _ = make_loaders(images, images, batch_size=4, num_workers=0, cache=True)
     for epoch in range(3): batches(loader, epoch)
     assert sorted(read) == list(range(12)) and CachedImages(images).nbytes == 12 * 3 * 32 * 32
+
+
+def png(width, height, depth, kind, rows, extra=b""):
+    """A PNG file by hand: what Pillow cannot write, or what lies about its size."""
+    def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def transparent(*values):
+    """The chunk that names one colour, in 16-bit values, as transparent."""
+    data = b"".join(struct.pack(">H", value) for value in values)
+    return struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+
+
+COLOUR = (200, 40, 120)
+GREY = round(0.299*COLOUR[0] + 0.587*COLOUR[1] + 0.114*COLOUR[2])            # the luma that mode L keeps
+ZOO = [                                                                      # file, format, mode, error that its format may make
+    ("a.jpg", "JPEG", "RGB", 3), ("b.JPEG", "JPEG", "L", 1), ("c.jpe", "JPEG", "CMYK", 3), ("d.jfif", "JPEG", "RGB", 3),
+    ("a.png", "PNG", "RGB", 0), ("b.png", "PNG", "L", 0), ("c.png", "PNG", "P", 0), ("d.PNG", "PNG", "RGBA", 0), ("e.png", "PNG", "LA", 0),
+    ("a.tif", "TIFF", "RGB", 0), ("b.tiff", "TIFF", "CMYK", 0), ("c.tif", "TIFF", "L", 0), ("d.tif", "TIFF", "RGBA", 0),
+    ("a.bmp", "BMP", "RGB", 0), ("a.gif", "GIF", "P", 0), ("a.webp", "WEBP", "RGB", 3), ("b.webp", "WEBP", "RGBA", 3),
+    ("a.ppm", "PPM", "RGB", 0), ("a.pgm", "PPM", "L", 0), ("a.tga", "TGA", "RGB", 0), ("a.ico", "ICO", "RGBA", 0), ("a.pcx", "PCX", "RGB", 0),
+    ("a.jp2", "JPEG2000", "RGB", 0), ("b.j2k", "JPEG2000", "L", 0), ("a.avif", "AVIF", "RGB", 4),
+]
+
+
+@pytest.mark.parametrize("name, kind, mode, error", ZOO)
+def test_zoo_is_read_rightly_with_others_beside_it(name, kind, mode, error, tmp_path):
+    Image.init()
+    if kind not in Image.SAVE: pytest.skip(f"this Pillow cannot write {kind}")
+    Image.new("RGB", (32, 32), COLOUR).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path/name, format=kind)
+    images = FolderImages(tmp_path, size=16)
+    assert [path.name for path in images.files] == [name]
+    expected = torch.tensor([GREY]*3 if mode in ("L", "LA") else COLOUR).view(3, 1, 1)
+    assert (images.pixels(0).int() - expected).abs().max() <= error
+    if error == 0: assert load_image(tmp_path/name).equal((expected/255).expand(3, 32, 32))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5000, 1), (31, 32)])
+@pytest.mark.parametrize("mode", ["1", "L", "RGBA", "I;16"])
+def test_zoo_of_sizes(size, mode, tmp_path):
+    Image.new(mode, size, {"1": 1, "RGBA": (255, 255, 255, 255), "I;16": 65535}.get(mode, 255)).save(tmp_path/"a.png")
+    assert FolderImages(tmp_path, size=8)[0].equal(torch.ones(3, 8, 8))
+    assert load_image(tmp_path/"a.png").shape == (3, size[1], size[0])
+
+
+def test_zoo_of_depths_and_transparency(tmp_path):
+    grey = np.array([[0, 40000, 65535]], np.uint16)                                        # 40000/257 = 155.6
+    Image.fromarray(grey).save(tmp_path/"deep.png")
+    Image.fromarray(grey).save(tmp_path/"deep.tif")
+    Image.fromarray(grey).save(tmp_path/"clear.png", transparency=40000)
+    for name, values in (("deep.png", [0, 156, 255]), ("deep.tif", [0, 156, 255]), ("clear.png", [0, 255, 255])):
+        assert read_rgb(tmp_path/name).getchannel(1).tobytes() == bytes(values), name
+    row = b"\0" + struct.pack(">6H", 0, 0, 65535, 0, 40000, 0)                             # blue, then some green
+    (tmp_path/"colours.png").write_bytes(png(2, 1, 16, 2, row))
+    assert [read_rgb(tmp_path/"colours.png").getpixel((i, 0)) for i in (0, 1)] == [(0, 0, 255), (0, 156, 0)]
+    palette = Image.new("P", (2, 1)); palette.putpalette([9, 8, 7, 6, 5, 4]); palette.putpixel((1, 0), 1)
+    palette.save(tmp_path/"palette.png", transparency=1)
+    palette.save(tmp_path/"palette.gif", transparency=1)
+    for name in ("palette.png", "palette.gif"):
+        assert [read_rgb(tmp_path/name).getpixel((i, 0)) for i in (0, 1)] == [(9, 8, 7), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("notes", ["", "broken resolution", "no notes at all"])
+def test_a_turned_photograph_is_upright_whatever_else_its_notes_say(notes, tmp_path):
+    stored = Image.new("RGB", (64, 32), "white")                                           # turned: white above, black below
+    stored.paste("black", (0, 0, 32, 32))
+    resolution = (-1, 0) if notes == "broken resolution" else (72, 1)
+    exif = (b"Exif\0\0II*\0" + struct.pack("<IHHHIHHHHII", 8, 2, 0x0112, 3, 1, 8, 0, 0x011A, 5, 1, 38) + struct.pack("<Iii", 0, *resolution))
+    if notes == "no notes at all": exif = b"Exif\0\0" + b"\xff"*40
+    stored.save(tmp_path/"a.jpg", exif=exif, quality=95)
+    image = read_rgb(tmp_path/"a.jpg")
+    if notes == "no notes at all": assert image.size == (64, 32) and image.getpixel((60, 16))[0] > 250
+    else: assert image.size == (32, 64) and image.getpixel((16, 4))[0] > 250 and image.getpixel((16, 60))[0] < 5
+
+
+def test_zoo_that_is_refused_by_name(tmp_path):
+    values = np.zeros((4, 4), np.float32); values[2, 2] = np.nan
+    Image.fromarray(values).save(tmp_path/"nan.tif")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path/"wide.tif")
+    (tmp_path/"bomb.png").write_bytes(png(30_000, 30_000, 1, 0, b"\0"))                     # 900 million pixels, it says
+    (tmp_path/"liar.png").write_bytes(png(4000, 4000, 8, 0, b"\0" * 100))                   # pixels are missing
+    (tmp_path/"empty.jpg").write_bytes(b"")
+    (tmp_path/"text.webp").write_text("no picture")
+    (tmp_path/"page.jpg").write_text("<html>404</html>")
+    (tmp_path/"gone.jpg").symlink_to(tmp_path/"nowhere.jpg")
+    names = {"nan.tif": "32-bit floats", "wide.tif": "32-bit integers", "bomb.png": "bomb", "liar.png": "", "empty.jpg": "", "text.webp": "",
+             "page.jpg": "", "gone.jpg": ""}
+    for name, why in names.items():
+        with pytest.raises(OSError, match=f"{name}(?s:.*){why}"): read_rgb(tmp_path/name)
+    images = FolderImages(tmp_path, size=8)
+    assert [path.name for path in images.files] == sorted(names)
+    with pytest.raises(ValueError, match="none of the 8 images"): FolderImages(tmp_path, size=8, on_error="skip")
+    Image.new("RGB", (8, 8), "white").save(tmp_path/"good.png")
+    images = FolderImages(tmp_path, size=8, on_error="skip")
+    assert [path.name for path in images.files] == ["good.png"] and [path.name for path in images.skipped] == sorted(names)
+    assert images.label.endswith("8 unreadable left out") and images[0].equal(torch.ones(3, 8, 8))
+
+
+def test_training_goes_on_without_what_cannot_be_read(folder, tmp_path):
+    for path in folder.iterdir(): (tmp_path/path.name).write_bytes(path.read_bytes())
+    (tmp_path/"07.png").write_bytes(b"")
+    whole, damaged = get_dataset("folder", "all", folder, 32), get_dataset("folder", "all", tmp_path, 32, on_error="skip")
+    assert [path.name for path in damaged.skipped] == ["07.png"] and len(damaged) == 11
+    assert damaged.batch(range(11)).equal(whole.batch([i for i in range(12) if i != 7]))   # the others as they were
+    loader, _ = make_loaders(damaged, damaged, batch_size=4, num_workers=1)
+    assert [len(batch) for batch in loader] == [4, 4]
+    with pytest.raises(OSError, match="07.png"): list(get_dataset("folder", "all", tmp_path, 32))
+
+
+def test_a_linked_folder_is_followed_once_and_never_renames(tmp_path):
+    write(tmp_path/"set", ["b/1.png", "c/2.png", "album.jpg/3.png"])
+    write(tmp_path/"far", ["4.png", "deep/5.png"])
+    def names(): return [path.relative_to(tmp_path/"set").as_posix() for path in image_files(tmp_path/"set")]
+    before = names()
+    for link, goal in (("a", "set/c"), ("c/up", "set"), ("far", "far"), ("far too", "far"), ("x", "far/deep")):
+        (tmp_path/"set"/link).symlink_to(tmp_path/goal)
+    (tmp_path/"far"/"round").symlink_to(tmp_path)
+    assert before == ["album.jpg/3.png", "b/1.png", "c/2.png"] and names() == before + ["far/4.png", "far/deep/5.png"]
+    write(tmp_path/"far", [".hidden/6.png"])
+    assert names() == before + ["far/4.png", "far/deep/5.png"]

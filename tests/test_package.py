@@ -40,7 +40,7 @@ def test_import_is_light(module):
 def test_notebook_imports_only_from_lower_numbers(path):
     """A reader who goes from 00 upward never meets a name that has not been explained."""
     for source in code_cells(path):
-        for module in re.findall(r"^\s*(?:from|import) laser\.(\w+)", source, re.M):
+        for module in re.findall(r"^(?:from|import) laser\.(\w+)", source, re.M):
             if module == module_of(path):
                 continue
             assert MODULES[module].stem[:2] < path.stem[:2], f"{path.name} imports laser.{module}"

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from laser.data import random_bits
-from laser.training import find_checkpoint
+from laser.checkpoints import find_checkpoint
 
 RUN = """
 import os, signal, sys
@@ -21,7 +20,7 @@ from laser.training import *
 folder, model, data, kill_at, resume = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] == "resume"
 sizes = dict(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
 config = Config(
-    model=VQVAEConfig(**sizes) if model == "vqvae" else DLVAEConfig(**sizes, sparsity_level=2),
+    model=model_config(model)(**sizes, **(dict(sparsity_level=2) if model == "dlvae" else {})),
     data=DataConfig(dataset="folder", root=data, image_size=16, batch_size=4, num_workers=2, limit_val=4),
     train=TrainConfig(max_epochs=2, warmup_steps=3, ema_decay=0.9, progress=False, accelerator="cpu", log_every_n_steps=1, pictures=0),
     checkpoint=CheckpointConfig(every_n_steps=3), output_dir=folder)
@@ -45,12 +44,14 @@ def start(folder, model, data, kill_at=0, resume=False, **kwargs):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """40 small pictures: smooth noise, each of its own."""
+    """32 small pictures to train on, 4 to validate and 4 to test: smooth noise, each of its own."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(40):
-        torch.manual_seed(int(random_bits(1, i) % 2**31))
+    parts = ["train"]*32 + ["val"]*4 + ["test"]*4
+    for part in set(parts): (folder/part).mkdir()
+    for i, part in enumerate(parts):
+        torch.manual_seed(1000 + i)
         coarse = (torch.rand(6, 6, 3)*255).byte().numpy()
-        Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC).save(folder/f"{i:02d}.png")
+        Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC).save(folder/part/f"{i:02d}.png")
     return folder
 
 
@@ -111,6 +112,6 @@ def test_full_disk_keeps_the_last_good_checkpoint(pictures, tmp_path):
     full = RUN.replace("torch.set_num_threads(1)", "torch.set_num_threads(1)\nreal_save = torch.save\ndef save(state, path):\n"
                        "    if state['position']['step'] > 3: path = '/dev/full'\n    with open(path, 'wb', buffering=0) as f: real_save(state, f)\ntorch.save = save\n")
     result = subprocess.run([sys.executable, "-c", full, str(tmp_path/"run"), "vqvae", str(pictures), "0", "new"], capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0 and "CheckpointError" in result.stderr and "the last good one is" in result.stderr, result.stderr
+    assert result.returncode != 0 and "CheckpointError" in result.stderr and "the last good checkpoint is" in result.stderr, result.stderr
     assert find_checkpoint(tmp_path/"run").name == "step-00000003"
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir() if p.is_dir() and not p.is_symlink()) == ["step-00000003"]
