@@ -264,7 +264,7 @@ class _State(nn.Module):
         self.register_buffer("ema_counts", torch.ones(num_entries))         # running mean of uses per batch
         self.register_buffer("initialized", torch.tensor(init == "random"))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))   # training batches seen
-        self._host = None                                                   # (initialized, steps), read when needed
+        self._host = (init == "random", 0)                                # (initialized, steps), as the buffers say
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

@@ -16,16 +16,17 @@ from torch import nn, Tensor
 from .bottleneck import Bottleneck, code_usage, perplexity
 from .models import check_images, range_note
 
-# %% ../nbs/08_metrics.ipynb #0007
+# %% ../nbs/08_metrics.ipynb #7382e21d
 def check_pairs(
     x: Tensor,                    # images [B, 3, H, W]
     y: Tensor,                    # reconstructions of the same shape
     value_range=(0.0, 1.0),       # least and largest value allowed; None: any
 ) -> tuple[Tensor, Tensor]:       # both in float64
-    "Check shapes, type, finiteness and range (to 1e-5); `ValueError` says how to mend what is wrong, `TypeError` for integers"
+    "Check shapes, finiteness and range (to 1e-5); `ValueError` says how to mend it; `TypeError` for integers"
     if x.shape != y.shape or not x.numel():
-        raise ValueError(f"images {list(x.shape)} and reconstructions {list(y.shape)}: pass pairs of the same size, at least one")
-    if x.device != y.device: raise ValueError(f"the images are on {x.device}, the reconstructions on {y.device}; move both to one")
+        raise ValueError(f"images {list(x.shape)} and reconstructions {list(y.shape)}: pass pairs of the same size, at "
+                         "least one")
+    if x.device != y.device: raise ValueError(f"images on {x.device}, reconstructions on {y.device}; move both to one")
     for images, what in ((x, "images"), (y, "reconstructions")):
         check_images(images, 3, 1)
         if note := range_note(images, value_range or (-math.inf, math.inf), what): raise ValueError(note)
@@ -88,12 +89,12 @@ def psnr_of_mean_mse(
     "PSNR of the mean squared error over all images: never above the mean of `psnr`"
     return psnr_of_mse(mse(x, y))
 
-# %% ../nbs/08_metrics.ipynb #0028
+# %% ../nbs/08_metrics.ipynb #872886f9
 def ssim(
     x: Tensor,      # images [B, 3, H, W] in [0, 1], H and W at least 11
     y: Tensor,      # reconstructions of the same shape
 ) -> Tensor:        # float64 [B], at most 1
-    "Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and over the windows inside the image"
+    "Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and windows inside the image"
     x, y = check_pairs(x, y)
     if min(x.shape[2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}; "
@@ -103,8 +104,8 @@ def ssim(
     y_var = gaussian_blur(y * y) - y_mean * y_mean
     covariance = gaussian_blur(x * y) - x_mean * y_mean
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    local = ((2 * x_mean * y_mean + c1) * (2 * covariance + c2)) / ((x_mean ** 2 + y_mean ** 2 + c1) * (x_var + y_var + c2))
-    return local.mean((1, 2, 3))
+    likeness = (2 * x_mean * y_mean + c1) * (2 * covariance + c2)
+    return (likeness / ((x_mean ** 2 + y_mean ** 2 + c1) * (x_var + y_var + c2))).mean((1, 2, 3))
 
 # %% ../nbs/08_metrics.ipynb #0029
 def gaussian_blur(
@@ -117,7 +118,7 @@ def gaussian_blur(
     x = sum(weight * x[:, :, i:i + height] for i, weight in enumerate(weights))
     return sum(weight * x[..., i:i + width] for i, weight in enumerate(weights))
 
-# %% ../nbs/08_metrics.ipynb #0038
+# %% ../nbs/08_metrics.ipynb #9ca76e32
 class Lpips(nn.Module):
     "LPIPS of each image, for values in [0, 1]; always in evaluation mode, without trainable parameters"
 
@@ -134,7 +135,7 @@ class Lpips(nn.Module):
                 warnings.simplefilter("ignore")      # lpips calls torchvision by outdated argument names
                 self.network = lpips.LPIPS(net=net, pnet_rand=not pretrained, verbose=False)
         except (OSError, RuntimeError) as error:
-            raise OSError(f"the pretrained {net} network of LPIPS could not be fetched ({error}). {HOW_TO_FETCH}") from error
+            raise OSError(f"the {net} network of LPIPS could not be fetched ({error}). {HOW_TO_FETCH}") from error
         self.network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
@@ -146,12 +147,12 @@ class Lpips(nn.Module):
         y: Tensor,      # reconstructions of the same shape
     ) -> Tensor:        # [B], 0 for equal images
         if min(x.shape[2:]) < 32:
-            raise ValueError(f"LPIPS needs images of at least 32x32 pixels, got {x.shape[2]}x{x.shape[3]}; leave it out")
+            raise ValueError(f"LPIPS needs images of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}; leave it out")
         return self.network(2 * x - 1, 2 * y - 1).flatten()
 
-# %% ../nbs/08_metrics.ipynb #0039
-HOW_TO_FETCH = ("Run once with a network; torch keeps the file in ~/.cache/torch/hub/checkpoints (or $TORCH_HOME/hub/checkpoints), "
-                "from where it can be copied to the same folder of a machine without one")
+# %% ../nbs/08_metrics.ipynb #d347eb6a
+HOW_TO_FETCH = ("Run once with a network; torch keeps the file in ~/.cache/torch/hub/checkpoints (or "
+                "$TORCH_HOME/hub/checkpoints), from where it can be copied to the same folder of a machine without one")
 
 # %% ../nbs/08_metrics.ipynb #0044
 def load_lpips(
@@ -161,17 +162,17 @@ def load_lpips(
     try: return Lpips(net)
     except OSError as error: warnings.warn(f"LPIPS is left out: {error}", stacklevel=2)
 
-# %% ../nbs/08_metrics.ipynb #0047
+# %% ../nbs/08_metrics.ipynb #c4ad7371
 class Fid:
     "Fréchet distance between the Inception features of images and of reconstructions (torchmetrics; extra `fid`)"
 
     def __init__(self,
-        features: nn.Module | None = None,     # uint8 [B, 3, H, W] -> [B, F]; None: Inception v3, the original FID's weights
+        features: nn.Module | None = None,     # uint8 [B, 3, H, W] -> [B, F]; None: Inception v3 of the original FID
         device="cpu",                          # where the features are computed
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance
-        # antialias=False: resize as the original FID does
-        try: self.metric = FrechetInceptionDistance(feature=features or 2048, normalize=False, antialias=False).to(device)
+        options = dict(normalize=False, antialias=False)      # bytes, resized as the original FID does
+        try: self.metric = FrechetInceptionDistance(feature=features or 2048, **options).to(device)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip "
                                       "install torch-fidelity") from error
@@ -208,12 +209,12 @@ def load_fid(
     try: return Fid(device=device)
     except (OSError, ModuleNotFoundError) as error: warnings.warn(f"rFID is left out: {error}", stacklevel=2)
 
-# %% ../nbs/08_metrics.ipynb #0058
+# %% ../nbs/08_metrics.ipynb #2555f00c
 class ReconstructionMetrics:
     "Collects batches of images, reconstructions and codes; `compute` gives every metric by name"
 
     def __init__(self,
-        bottleneck: Bottleneck | None = None, # whose codes are given, for usage, perplexity and bits; None: without codes
+        bottleneck: Bottleneck | None = None,    # whose codes will be given, for usage, perplexity and bits
         lpips: Lpips | None = None,           # from `load_lpips`; None: no such column
         fid: Fid | None = None,               # from `load_fid`; None: no such column
     ):
@@ -226,7 +227,8 @@ class ReconstructionMetrics:
         self.counts = torch.zeros(self.bottleneck.num_entries if self.bottleneck else 0, dtype=torch.float64)
         if self.fid is not None: self.fid.reset()
 
-    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue", "color_distance", "psnr", "ssim", "lpips")
+    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue", "color_distance", "psnr", "ssim",
+             "lpips")
 
     @torch.no_grad()
     def update(self,
@@ -239,7 +241,7 @@ class ReconstructionMetrics:
         batch = {"images": len(x), "pixels": len(x) * x.shape[2] * x.shape[3]}
         if codes is not None:
             if self.bottleneck is None:
-                raise ValueError("codes were given without their bottleneck; make ReconstructionMetrics(model.bottleneck)")
+                raise ValueError("codes without their bottleneck: make ReconstructionMetrics(model.bottleneck)")
             counts = code_usage(self.bottleneck.code_entries(codes), self.bottleneck.num_entries).double().cpu()
             batch["codes"] = self.bottleneck._flat(codes)[1].numel()
             if len(self.bottleneck.rate_points): batch["bits"] = float(self.bottleneck.code_bits(codes).sum())
@@ -249,7 +251,7 @@ class ReconstructionMetrics:
         batch["psnr"], batch["ssim"] = float(psnr(x, y).sum()), float(ssim(x, y).sum())
         if self.lpips is not None: batch["lpips"] = float(self.lpips(x.float(), y.float()).sum())
         if self.fid is not None: self.fid.update(x, y)
-        for name, value in batch.items(): self.sums[name] += value        # only now: a batch counts wholly or not at all
+        for name, value in batch.items(): self.sums[name] += value      # only now: a batch counts wholly or not at all
         if codes is not None: self.counts += counts
 
     def compute(self) -> dict[str, float]:
