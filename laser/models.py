@@ -153,6 +153,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         self.post_bottleneck = nn.Conv2d(D, networks["num_hiddens"], 3, padding=1) if decoder is None else nn.Identity()
         self.decoder = Decoder(networks.pop("in_channels"), **networks) if decoder is None else decoder
         self.in_channels, self.downsampling_factor = int(in_channels), int(downsampling_factor)
+        self.context = None   # a model of the codes that makes streams shorter: `laser.context.fit_context`
         self.own = [name for name, part in dict(encoder=encoder, decoder=decoder, bottleneck=bottleneck).items() if isinstance(part, nn.Module)]
         self.options = dict(options, **{k: given[k] for k in network_options()})
 
@@ -269,6 +270,9 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         try: weights = load_file(file, device="cpu")
         except FileNotFoundError: raise FileNotFoundError(f"{place} has a {CONFIG_NAME} but no {WEIGHTS_NAME}") from None
         except Exception as e: raise ValueError(f"{file} is not a readable safetensors file ({e})") from e
+        if numbers := {k.removeprefix("context."): v for k, v in weights.items() if k.startswith("context.")}:
+            from laser.context import ContextModel
+            model.context = ContextModel(numbers)
         later = {f"bottleneck.{b}" for b in model.bottleneck.later_buffers}
         shapes = lambda weights: {k: v.shape for k, v in weights.items() if k not in later}
         if differs := weight_differences(shapes(model.state_dict()), shapes(weights)):
