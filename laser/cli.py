@@ -368,7 +368,7 @@ def prepare_training(line: Line, groups: dict) -> None:
     typed, models = line.typed, groups["model"]
     names = typed.get("model", "vqvae,dlvae").split(",")
     def owners(key): return [n for n in models if key.removeprefix("model.") in {f.name for f in fields(models[n])}]
-    if "train.resume" not in typed: where_data_lie(typed)
+    if typed.get("train.resume", "null") in ("null", "auto"): where_data_lie(typed)
     resume = typed.get("train.resume", "null")
     if resume == "auto":
         place = typed.get("output_dir")
