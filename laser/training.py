@@ -6,13 +6,15 @@
 __all__ = ['METRICS', 'BOUNDS', 'COLUMNS', 'VQVAEConfig', 'DLVAEConfig', 'key', 'DataConfig', 'TrainConfig', 'WandbConfig',
            'CheckpointConfig', 'model_config', 'Config', 'check_group', 'check_config', 'make_model',
            'config_from_dict', 'absolute_paths', 'stored_config', 'learning_rate_at', 'Plateau', 'WeightAverage',
-           'StopSignal', 'ignore_interrupts', 'Loggers', 'make_datasets', 'evaluate', 'reconstruction_picture',
-           'make_perceptual', 'NonFiniteLoss', 'Position', 'psnr_of_loss', 'make_fabric', 'diverged', 'epoch_line',
-           'lr_now', 'gather', 'first_for_all', 'progress_bar', 'show', 'training_loaders', 'FitResult', 'fit',
-           'profile_step', 'training_speed', 'continuous', 'evaluation_rows', 'format_table']
+           'StopSignal', 'ignore_interrupts', 'Loggers', 'make_datasets', 'continuous', 'evaluate',
+           'reconstruction_picture', 'make_perceptual', 'NonFiniteLoss', 'Position', 'psnr_of_loss', 'pick_accelerator',
+           'make_fabric', 'diverged', 'epoch_line', 'lr_now', 'gather', 'first_for_all', 'progress_bar', 'show',
+           'training_loaders', 'Run', 'train_batch', 'look', 'save', 'restore', 'end_epoch', 'TableImages',
+           'add_tables', 'LostProcess', 'Heartbeat', 'FitResult', 'fit', 'train_epochs', 'profile_step',
+           'training_speed', 'evaluation_rows', 'format_table']
 
 # %% ../nbs/10_training.ipynb #0003
-import atexit, copy, json, math, operator, os, random, signal, sys, threading, time
+import atexit, copy, json, math, operator, os, random, re, secrets, signal, sys, threading, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from inspect import Parameter
@@ -24,11 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from .bottleneck import Option
-from .checkpoints import (CheckpointError, Checkpoints, append_row, claim, find_checkpoint, keep_rows,
+from .checkpoints import (Checkpoints, append_row, claim, find_checkpoint, keep_rows,
                                load_training_state, read_json, rng_state, set_rng_state)
 from .data import Images, as_floats, get_dataset, make_loaders
 from .metrics import Lpips, ReconstructionMetrics, load_fid, load_lpips, psnr_of_mse, sum_over_processes
-from .models import DLVAE, MODELS, VQVAE, Autoencoder, model_options
+from .models import MODELS, Autoencoder, load_pretrained, model_options
 
 # %% ../nbs/10_training.ipynb #1084976e
 def key(
@@ -283,7 +285,8 @@ class WeightAverage:
         "Move towards the model; quickly in the first steps, so that the random start is forgotten."
         decay = min(self.decay, (1 + step)/(10 + step))
         for mine, theirs in zip(self.model.parameters(), model.parameters()): mine.lerp_(theirs, 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers()): mine.copy_(theirs)
+        for mine, theirs in zip(self.model.modules(), model.modules()):   # tables may have changed their shape
+            for name, buffer in theirs._buffers.items(): mine._buffers[name] = None if buffer is None else buffer.clone()
         self.model.bottleneck.after_step()
 
 # %% ../nbs/10_training.ipynb #0054
@@ -309,8 +312,8 @@ class StopSignal:
 def ignore_interrupts(
     worker: int,  # number of the loader process
 ) -> None:
-    "For `DataLoader(worker_init_fn=...)`: leave Ctrl-C to the main process."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    "For `DataLoader(worker_init_fn=...)`: leave Ctrl-C and SIGTERM to the main process."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 # %% ../nbs/10_training.ipynb #0064
 class Loggers:
@@ -335,8 +338,16 @@ class Loggers:
             except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install 'laser[wandb]' "
                                                        "or pip install wandb") from e
             w = config.wandb
+            if os.environ.get("WANDB_MODE") == "": del os.environ["WANDB_MODE"]   # set but empty: W&B takes it for a mode
             self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity, dir=w.save_dir or str(self.folder),
-                                    mode=w.mode, config=asdict(config))
+                                    mode=w.mode, config=asdict(config), id=self.wandb_id(new=not step), resume="allow")
+
+    def wandb_id(self, new: bool) -> str:
+        "The run's name at W&B: kept in its folder, so that a resumed run goes on with the same curves."
+        path = self.folder/"wandb-id.txt"
+        stored = path.read_text(encoding="utf-8", errors="replace")[:64] if path.is_file() and not new else ""
+        if not re.fullmatch(r"\w{4,64}", stored): path.write_text(stored := secrets.token_hex(4), encoding="utf-8")
+        return stored
 
     def scalars(self, file: str, row: dict) -> None:
         "One line for `metrics.csv` or `steps.csv`, and the same numbers to the others."
@@ -374,6 +385,15 @@ def make_datasets(
     "The image sets of a configuration."
     limits = dict(train=config.limit, val=config.limit_val)
     return [get_dataset(config.dataset, split, config.root, config.image_size, limits.get(split), seed, config.on_error) for split in splits]
+
+# %% ../nbs/10_training.ipynb #2bb86d7c
+def continuous(
+    model: Autoencoder,  # any
+) -> bool:
+    "Whether its codes have no finite alphabet: no rate in bits means anything for them."
+    try: model.bottleneck.table_sizes()
+    except ValueError: return True
+    return False
 
 # %% ../nbs/10_training.ipynb #0074
 @torch.no_grad()
@@ -461,15 +481,26 @@ def psnr_of_loss(
 def _leave_group():
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
+def pick_accelerator(
+    name: str,  # auto, cpu, cuda (or gpu) or mps
+) -> str:  # cpu, cuda or mps
+    "What a name means on this machine; ValueError where it has no such device."
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name == "auto": return "cuda" if there["cuda"] else "cpu"
+    name = "cuda" if name == "gpu" else name
+    if not there.get(name): raise ValueError(f"accelerator={name} is not here; choose auto or {', '.join(n for n, ok in there.items() if ok)}")
+    return name
+
 def make_fabric(
     config: TrainConfig,  # accelerator, devices, num_nodes, strategy, precision
 ):  # a lightning.fabric.Fabric, not launched yet
     "The object that knows about devices and processes."
     from lightning.fabric import Fabric
-    if config.precision == "16-mixed" and (config.accelerator == "cpu" or not torch.cuda.is_available()):
+    accelerator = pick_accelerator(config.accelerator)
+    if config.precision == "16-mixed" and accelerator != "cuda":
         raise ValueError("train.precision=16-mixed needs a CUDA GPU: on the CPU use bf16-mixed or 32-true")
     atexit.register(_leave_group)
-    return Fabric(accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes,
+    return Fabric(accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
 
 # %% ../nbs/10_training.ipynb #0094
@@ -542,7 +573,237 @@ def training_loaders(
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, wanted)
     return loaders
 
-# %% ../nbs/10_training.ipynb #0110
+# %% ../nbs/10_training.ipynb #446bc1e6
+class Run:
+    "Everything that one training run consists of."
+    def __init__(self,
+        config: Config,                           # checked
+        fabric,                                   # launched
+        datasets: Optional[list[Images]] = None,  # training and validation set; None: those of config.data
+    ):
+        t, c, self.config, self.fabric = config.train, config.checkpoint, config, fabric
+        self.several, self.is_first, self.device = fabric.world_size > 1, fabric.is_global_zero, fabric.device
+        torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
+        if t.deterministic: torch.use_deterministic_algorithms(True)
+
+        self.train_set, self.val_set = datasets or make_datasets(config.data, "train", "val", seed=config.seed)
+        self.loader, self.val_loader = training_loaders(config, self.train_set, self.val_set, fabric.global_rank, fabric.world_size,
+                                                        on_gpu=self.device.type == "cuda")
+        self.batches = self.loader.batch_sampler.steps_per_epoch
+        self.total_steps = t.max_epochs*math.ceil(self.batches/t.accumulate_grad_batches)
+        if t.max_steps > 0: self.total_steps = min(self.total_steps, t.max_steps)
+
+        self.model = make_model(config.model, config.seed)
+        self.perceptual = make_perceptual(config.model.perceptual_weight, self.device)
+        optimizer = torch.optim.Adam(self.model.parameters(), t.learning_rate, (t.beta, t.beta2))
+        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)  # the model is on the device now; `wrapped` adds precision and DDP
+        self.average = WeightAverage(self.model, t.ema_decay) if t.ema_decay else None
+        self.judged = self.average.model if self.average else self.model    # what is validated and saved
+
+        self.folder, mode = Path(config.output_dir), METRICS[c.monitor]
+        self.checkpoints = Checkpoints(c.dirpath or self.folder/"checkpoints", c.monitor, mode, c.save_top_k, c.save_last)
+        self.watch, self.slope = Plateau(mode), Plateau(mode)               # for early stopping; for the schedule
+        self.at, self.window, self.row, self.began = Position(), [], {}, time.perf_counter()
+        self.stop, self.stopped = StopSignal(), False
+
+    @property
+    def resume_with(self) -> str:
+        "The command that goes on with this run."
+        place = f"{self.checkpoints.folder/'last'} output_dir={self.folder}" if self.config.checkpoint.dirpath else self.folder
+        return f"laser_train train.resume={place}"
+
+    @property
+    def finished(self) -> bool:
+        "Whether there is nothing left to do."
+        patience = self.config.train.early_stopping_patience or math.inf
+        return self.at.epoch >= self.config.train.max_epochs or self.at.step >= self.total_steps or self.watch.bad_epochs >= patience
+
+# %% ../nbs/10_training.ipynb #ea85eb86
+def train_batch(
+    run: Run,
+    x: torch.Tensor,  # uint8 [B, 3, H, W]
+) -> bool:  # whether the optimiser made a step
+    "Learn from one batch; loss, reconstruction loss and the gradient's norm go to run.window."
+    t, at = run.config.train, run.at
+    x = as_floats(x.to(run.device, non_blocking=True))                             # [B, 3, H, W] in [0, 1]
+    accumulate = t.accumulate_grad_batches
+    group = min(accumulate, run.batches - at.batch//accumulate*accumulate)         # batches that share this step
+    updating = (at.batch + 1) % accumulate == 0 or at.batch + 1 == run.batches
+    for g in run.optimizer.param_groups: g["lr"] = learning_rate_at(at.step, run.total_steps, t)*run.slope.scale
+
+    with run.fabric.no_backward_sync(run.wrapped, enabled=run.several and not updating):
+        try: out = run.wrapped(x)                                                  # reconstruct
+        except ValueError as e:                                                    # the bottleneck refuses NaN
+            if "NaN or infinity" in str(e): raise diverged(at.step + 1, at.epoch, run.checkpoints) from e
+            raise
+        loss = out.loss                                                            # MSE + bottleneck
+        if run.perceptual: loss = loss + run.perceptual(x, out.reconstruction.clamp(0, 1))
+        run.fabric.backward(loss/group)                                            # find the slope
+    norm = torch.zeros((), device=run.device)
+    if updating:
+        if t.gradient_clip_val:
+            norm = run.fabric.clip_gradients(run.wrapped, run.optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
+        run.optimizer.step()                                                       # step downhill
+        run.optimizer.zero_grad()
+        run.model.bottleneck.after_step()
+        at.step += 1
+        if run.average: run.average.update(run.model, at.step)
+    if t.precision == "16-mixed": norm = torch.zeros_like(norm)
+    run.window.append(torch.stack([loss.detach(), out.reconstruction_loss.detach(), norm.detach()]).float())
+    at.batch += 1
+    return updating
+
+# %% ../nbs/10_training.ipynb #38121ceb
+def look(run: Run) -> None:
+    "Fetch and check the losses since the last look, and note whether the run was asked to stop."
+    at, values = run.at, torch.stack(run.window).tolist() if run.window else []
+    bad = [i for i, v in enumerate(values) if not all(map(math.isfinite, v))]
+    flags = torch.tensor([float(len(bad) > 0), float(run.stop.requested)], device=run.device)
+    if run.several: flags = run.fabric.all_reduce(flags, reduce_op="sum")
+    if flags[0]:
+        step = at.step - (len(values) - 1 - (bad or [0])[0])//run.config.train.accumulate_grad_batches
+        raise diverged(step, at.epoch, run.checkpoints)
+    for loss, mse, _ in values: at.loss, at.mse, at.batches = at.loss + loss, at.mse + mse, at.batches + 1
+    run.window.clear()
+    run.stopped = run.stopped or bool(flags[1])
+
+# %% ../nbs/10_training.ipynb #c936a239
+def save(
+    run: Run,
+    value: Optional[float] = None,  # the monitored number, if the model has just been validated
+) -> None:
+    "Write a checkpoint; an error on the first process is an error on all."
+    run.at.seconds, run.began = run.at.seconds + time.perf_counter() - run.began, time.perf_counter()
+    state = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.fabric._precision.state_dict(),
+                 average=run.average.model.state_dict() if run.average else None, position=asdict(run.at),
+                 watch=asdict(run.watch), slope=asdict(run.slope), rng=gather(run.fabric, rng_state()),
+                 pictures=[len(run.train_set), len(run.val_set)])
+    def write(place):
+        run.judged._save_pretrained(place)
+        (place/"run.json").write_text(json.dumps(asdict(run.config), indent=2) + "\n", encoding="utf-8")
+        torch.save(state, place/"training.pt")
+    first_for_all(run.fabric, lambda: run.checkpoints.save(run.at.step, write, value))
+
+# %% ../nbs/10_training.ipynb #dd689f2b
+def restore(
+    run: Run,
+    checkpoint: Path,  # folder of one checkpoint
+) -> None:
+    "Put everything back; ValueError for another model's checkpoint, a damaged one, or one of a run on other data."
+    state = load_training_state(checkpoint, run.model)
+    was, pictures = stored_config(checkpoint), [len(run.train_set), len(run.val_set)]
+    value = lambda c, name: getattr(getattr(c, name.split(".")[0]), name.split(".")[1]) if "." in name else getattr(c, name)
+    changes = [f"{k}={value(was, k)!r} (now {value(run.config, k)!r})" for k in
+               ("seed", "data.dataset", "data.image_size", "data.batch_size", "data.augment") if value(was, k) != value(run.config, k)]
+    if state.get("pictures", pictures) != pictures:
+        changes.append("{} training and {} validation pictures (now {} and {})".format(*state["pictures"], *pictures))
+    if changes and not run.config.train.allow_changes:
+        raise ValueError(f"{checkpoint} was trained with {', '.join(changes)}: resume with the same, or set train.allow_changes=true")
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.average: run.average.model.load_state_dict(state["average"] or state["model"])
+        if state["scaler"]: run.fabric._precision.load_state_dict(state["scaler"])
+        run.at, run.watch, run.slope = Position(**state["position"]), Plateau(**state["watch"]), Plateau(**state["slope"])
+        set_rng_state(state["rng"][run.fabric.global_rank % len(state["rng"])])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{checkpoint/'training.pt'} is damaged, or of another version ({e!r:.200}): resume from another checkpoint") from e
+    run.checkpoints.forget_after(run.at.step)
+
+# %% ../nbs/10_training.ipynb #00be86cd
+def end_epoch(
+    run: Run,
+    logs: Loggers,
+    images: int,     # seen in this epoch by this call, over all processes
+    seconds: float,  # that it took
+    waited: float,   # of them, for data
+) -> None:
+    "What follows the last batch of an epoch; the line of metrics.csv is run.row."
+    at, t = run.at, run.config.train
+    sums = sum_over_processes(torch.tensor([at.loss, at.mse, at.batches], dtype=torch.float64))
+    train_loss, train_mse = (sums[:2]/sums[2]).tolist()
+    with run.fabric.autocast(): results = evaluate(run.judged, run.val_loader, run.device)
+    run.row = dict(epoch=at.epoch + 1, step=at.step, train_loss=train_loss, train_psnr=psnr_of_loss(train_mse),
+                   **{f"val_{k}": v for k, v in results.items() if k != "images"}, learning_rate=lr_now(run.optimizer),
+                   images_per_second=images/max(seconds, 1e-9), waiting_for_data=waited/max(seconds, 1e-9),
+                   seconds=at.seconds + time.perf_counter() - run.began)
+    logs.scalars("metrics.csv", run.row)
+    if t.pictures and run.is_first:
+        first = run.val_set.batch(range(min(t.pictures, len(run.val_set)))).to(run.device)
+        logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png", reconstruction_picture(run.judged, first), at.step)
+    value = run.row[run.config.checkpoint.monitor]
+    run.watch.update(value)
+    if t.schedule == "plateau" and not run.slope.update(value) and run.slope.bad_epochs > t.plateau_patience:
+        run.slope.scale, run.slope.bad_epochs = run.slope.scale*t.plateau_factor, 0
+    if at.batch == run.batches: at.next_epoch()         # not so if max_steps ended the run within an epoch
+    save(run, value)
+
+# %% ../nbs/10_training.ipynb #b67bf89f
+class TableImages:
+    "Batches of evenly spaced images of a set, as floats on a device; can be gone through several times."
+    def __init__(self, images: Images, device, most: int = 2048, batch_size: int = 32):
+        self.images, self.device, self.batch_size = images, device, batch_size
+        self.keys = range(0, len(images), max(1, len(images)//most))[:most]
+
+    def __iter__(self):
+        for i in range(0, len(self.keys), self.batch_size):
+            yield self.images.batch(self.keys[i:i + self.batch_size]).to(self.device)
+
+def add_tables(run: Run) -> None:
+    "Fit the probability tables of the best checkpoint, and save them with it."
+    name = run.checkpoints.best or run.checkpoints.last
+    if name is None: return
+    model = load_pretrained(run.checkpoints.folder/name).to(run.device)
+    if continuous(model): return
+    model.fit_tables(TableImages(run.train_set, run.device))
+    run.checkpoints.rewrite(name, model.cpu()._save_pretrained)
+
+# %% ../nbs/10_training.ipynb #e5a4b8fb
+class LostProcess(RuntimeError):
+    "Another process of the run has died or hangs; the message says how to go on."
+
+class Heartbeat:
+    "`with Heartbeat(run):` end this process when another one of the run is silent for `limit` seconds."
+    def __init__(self, run: Run, every: float = 5.0, limit: float = 45.0):
+        self.run, self.every, self.limit, self.done = run, every, limit, threading.Event()
+
+    def text(self, who: str) -> str:
+        "What a person should know."
+        left = Checkpoints(self.run.checkpoints.folder).left()
+        return f"{who} of the run has died or hangs, at step {self.run.at.step}; {left}. Go on with: {self.run.resume_with}"
+
+    def watch(self):
+        "The thread."
+        from torch.distributed import PrefixStore, distributed_c10d
+        store, rank = PrefixStore("laser", distributed_c10d._get_default_store()), self.run.fabric.global_rank
+        seen = {other: ("", time.monotonic()) for other in range(self.run.fabric.world_size) if other != rank}
+        beats = 0
+        while not self.done.wait(self.every):
+            beats += 1
+            try:
+                store.set(str(rank), str(beats))
+                for other, (count, _) in seen.items():
+                    now = store.get(str(other)) if store.check([str(other)]) else ""
+                    if now != count or now == b"done": seen[other] = now, time.monotonic()
+            except RuntimeError: pass                       # the process that keeps the store is gone: all are silent
+            for other, (_, when) in seen.items():
+                if time.monotonic() - when > self.limit:
+                    print(self.text(f"process {other}"), file=sys.stderr, flush=True)
+                    os._exit(1)                             # the main thread waits within a library
+        try: store.set(str(rank), "done")
+        except RuntimeError: pass
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        if self.run.several: self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.done.set()
+        if self.run.several: self.thread.join(self.every)
+        gone = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|[Cc]onnection", str(error))
+        if self.run.several and isinstance(error, RuntimeError) and gone: raise LostProcess(self.text("another process")) from error
+
+# %% ../nbs/10_training.ipynb #5b4d14ad
 @dataclass
 class FitResult:
     "What a run leaves behind."
@@ -554,179 +815,82 @@ class FitResult:
     best: Optional[Path]     # the best checkpoint
     last: Optional[Path]     # the newest checkpoint
 
-# %% ../nbs/10_training.ipynb #0111
+# %% ../nbs/10_training.ipynb #b7e54f0a
 def fit(
     config: Config,                         # everything that decides the run
-    resume: Optional[str | Path] = None,    # run folder or checkpoint to go on from; None: start anew
+    resume: Optional[str | Path] = None,    # run folder or checkpoint to go on from; "auto": the run in output_dir, if any; None: start anew
     fabric=None,                            # a launched Fabric, where several runs share one; None: make and launch it
     datasets: Optional[list[Images]] = None,  # training and validation set; None: those of config.data
 ) -> FitResult:
     """Train one model.
 
-    Raises `NonFiniteLoss` if the loss diverges, `CheckpointError` if a checkpoint cannot be written, and `ValueError`
-    for a configuration that cannot work. After Ctrl-C it saves and returns with `finished=False`.
+    Raises `ValueError` for a configuration that cannot work, `FolderInUse` if another run works in its folder,
+    `NonFiniteLoss` if the loss diverges, `CheckpointError` if a checkpoint cannot be written, and `LostProcess` if another
+    process of the run dies. After Ctrl-C or SIGTERM it saves and returns with `finished=False`.
     """
     check_config(config)
     config = absolute_paths(config)
     if fabric is None:
         fabric = make_fabric(config.train)
         fabric.launch()                                     # starts the other processes, if there are any
-    folder = Path(fabric.broadcast(str(config.output_dir)))  # one folder, whatever the clocks of other machines say
-    checkpoints = Path(config.checkpoint.dirpath or folder/"checkpoints")
+    config.output_dir = fabric.broadcast(config.output_dir) # one folder, whatever the clocks of other machines say
+    folders = [config.output_dir] + [config.checkpoint.dirpath]*bool(config.checkpoint.dirpath)
     with ExitStack() as claims:                             # no other run may write here
-        first_for_all(fabric, lambda: [claims.enter_context(claim(place)) for place in (folder, checkpoints)])
-        return _fit(config, resume, fabric, datasets, folder, checkpoints)
+        first_for_all(fabric, lambda: [claims.enter_context(claim(folder)) for folder in folders])
+        run = Run(config, fabric, datasets)
+        if resume == "auto": resume = run.checkpoints.last and run.checkpoints.folder
+        if resume: restore(run, find_checkpoint(resume))
+        elif run.checkpoints.last:
+            raise FileExistsError(f"{run.folder} holds a run already: set train.resume={run.folder} to go on with it, "
+                                  "or output_dir to another folder")
+        if run.is_first: run.checkpoints.clean()            # what a kill has left
+        if run.finished and run.is_first:
+            print(f"{run.folder} is finished: {run.at.epoch} epochs, {run.at.step:,} steps. Give it more with train.max_epochs=..., "
+                  "or start another run with another output_dir")
+        with Heartbeat(run), run.stop, Loggers(run.folder, config, run.at.step, active=run.is_first) as logs: train_epochs(run, logs)
+        if run.stopped and run.is_first:
+            print(f"Interrupted at step {run.at.step:,} of {run.total_steps:,}, in epoch {run.at.epoch + 1}. "
+                  f"Saved {run.checkpoints.folder/run.checkpoints.last}\nGo on with: {run.resume_with}")
+        if not run.stopped: first_for_all(fabric, lambda: add_tables(run))
+    names = fabric.broadcast((run.checkpoints.best, run.checkpoints.last))
+    best, last = (run.checkpoints.folder/name if name else None for name in names)
+    return FitResult(run.folder, not run.stopped, run.at.step, run.at.seconds, run.row, best, last)
 
-def _fit(config, resume, fabric, datasets, folder, place):
-    "`fit`, in folders that are its own."
-    # --- set up: devices, data, model, optimiser ------------------------------------------------------------------
-    t = config.train
-    several, is_first, device = fabric.world_size > 1, fabric.is_global_zero, fabric.device
-    look_every = 1 if device.type == "cpu" else t.log_every_n_steps  # on a GPU a look at the loss costs a wait
-    torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
-    if t.deterministic: torch.use_deterministic_algorithms(True)
-
-    train_set, val_set = datasets or make_datasets(config.data, "train", "val", seed=config.seed)
-    loader, val_loader = training_loaders(config, train_set, val_set, fabric.global_rank, fabric.world_size,
-                                          on_gpu=device.type == "cuda")
-    sampler, accumulate = loader.batch_sampler, t.accumulate_grad_batches
-    batches = sampler.steps_per_epoch
-    total_steps = t.max_epochs*math.ceil(batches/accumulate)
-    if t.max_steps > 0: total_steps = min(total_steps, t.max_steps)
-
-    model = make_model(config.model, config.seed)
-    perceptual = make_perceptual(config.model.perceptual_weight, device)
-    optimizer = torch.optim.Adam(model.parameters(), t.learning_rate, (t.beta, t.beta2))
-    wrapped, optimizer = fabric.setup(model, optimizer)     # `model` is on the device now; `wrapped` adds precision and DDP
-    average = WeightAverage(model, t.ema_decay) if t.ema_decay else None
-    judged = average.model if average else model            # what is validated and saved
-    watch, slope = (Plateau(METRICS[config.checkpoint.monitor]) for _ in range(2))  # for early stopping; for the schedule
-    at, stopped, row, window = Position(), False, {}, []
-
-    # --- resume: put everything back ------------------------------------------------------------------------------
-    c = config.checkpoint
-    mode = METRICS[c.monitor]
-    checkpoints = Checkpoints(place, c.monitor, mode, c.save_top_k, c.save_last)
-    if resume:
-        state = load_training_state(find_checkpoint(resume), model)
-        optimizer.load_state_dict(state["optimizer"])
-        if average: average.model.load_state_dict(state["average"] or state["model"])
-        if state["scaler"]: fabric._precision.load_state_dict(state["scaler"])
-        at, watch, slope = Position(**state["position"]), Plateau(**state["watch"]), Plateau(**state["slope"])
-        set_rng_state(state["rng"][fabric.global_rank % len(state["rng"])])
-        checkpoints.forget_after(at.step)
-    elif checkpoints.last:
-        raise FileExistsError(f"{folder} holds a run already: set train.resume={folder} to go on with it, "
-                              "or output_dir to another folder")
-    if is_first: checkpoints.clean()                        # what a kill has left
-    logs = Loggers(folder, config, at.step, active=is_first)
-    bar = progress_bar(t.progress and is_first, total_steps, at.step, config.model.type)
-
-    def look():
-        "Fetch and check the losses since the last look; True if the run was asked to stop."
-        values = torch.stack(window).tolist() if window else []
-        bad = [i for i, v in enumerate(values) if not all(map(math.isfinite, v))]
-        flags = torch.tensor([float(len(bad) > 0), float(stop.requested)], device=device)
-        if several: flags = fabric.all_reduce(flags, reduce_op="sum")    # one stops, all stop
-        if flags[0]: raise diverged(at.step - (len(values) - 1 - (bad or [0])[0])//accumulate, at.epoch, checkpoints)
-        for loss, mse, _ in values: at.loss, at.mse, at.batches = at.loss + loss, at.mse + mse, at.batches + 1
-        window.clear()
-        return bool(flags[1])
-
-    def save(value=None):
-        "Write a checkpoint; an error on the first process is an error on all."
-        nonlocal began
-        at.seconds, began = at.seconds + time.perf_counter() - began, time.perf_counter()
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=fabric._precision.state_dict(),
-                     average=average.model.state_dict() if average else None, position=asdict(at),
-                     watch=asdict(watch), slope=asdict(slope), rng=gather(fabric, rng_state()))
-        def write(place):
-            judged._save_pretrained(place)
-            (place/"run.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-            torch.save(state, place/"training.pt")
-        first_for_all(fabric, lambda: checkpoints.save(at.step, write, value))
-
-    # --- train ----------------------------------------------------------------------------------------------------
-    with StopSignal() as stop, bar, logs:
-        patience = math.inf if t.early_stopping_patience is None else t.early_stopping_patience
-        while at.epoch < t.max_epochs and at.step < total_steps and watch.bad_epochs < patience:
-            model.train()
-            sampler.set_epoch(at.epoch, at.batch)
-            began = tick = epoch_began = time.perf_counter()
+# %% ../nbs/10_training.ipynb #daef771e
+def train_epochs(
+    run: Run,
+    logs: Loggers,
+) -> None:
+    "Train until the run is finished or asked to stop."
+    t, at = run.config.train, run.at
+    look_every = 1 if run.device.type == "cpu" else t.log_every_n_steps          # on a GPU a look at the loss costs a wait
+    with progress_bar(t.progress and run.is_first, run.total_steps, at.step, run.config.model.type) as bar:
+        while not run.finished:
+            run.model.train()
+            run.loader.batch_sampler.set_epoch(at.epoch, at.batch)
+            run.began = tick = start = time.perf_counter()
             images, waited = 0, 0.0
-            for x in loader:                                                         # x [B, 3, H, W] in [0, 1]
-                waited += time.perf_counter() - tick                                 # how long the loop stood still for data
-                x = as_floats(x.to(device, non_blocking=True))
-                group = min(accumulate, batches - at.batch//accumulate*accumulate)   # batches that share this step
-                updating = (at.batch + 1) % accumulate == 0 or at.batch + 1 == batches
-                lr = learning_rate_at(at.step, total_steps, t)*slope.scale
-                for g in optimizer.param_groups: g["lr"] = lr
-
-                with fabric.no_backward_sync(wrapped, enabled=several and not updating):
-                    try: out = wrapped(x)                                            # reconstruct
-                    except ValueError as e:                                          # the bottleneck refuses NaN
-                        if "NaN or infinity" in str(e): raise diverged(at.step + 1, at.epoch, checkpoints) from e
-                        raise
-                    loss = out.loss                                                  # MSE + bottleneck
-                    if perceptual: loss = loss + perceptual(x, out.reconstruction.clamp(0, 1))
-                    fabric.backward(loss/group)                                      # find the slope
-                norm = torch.zeros((), device=device)
-                if updating:
-                    if t.gradient_clip_val:
-                        norm = fabric.clip_gradients(wrapped, optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
-                    optimizer.step()                                                 # step downhill
-                    optimizer.zero_grad()
-                    model.bottleneck.after_step()                                    # atoms back to unit norm
-                    at.step += 1
-                    if average: average.update(model, at.step)
-
-                if t.precision == "16-mixed": norm = torch.zeros_like(norm)          # the loss scaler skips such a step by itself
-                window.append(torch.stack([loss.detach(), out.reconstruction_loss.detach(), norm.detach()]).float())
-                at.batch, images = at.batch + 1, images + len(x)*fabric.world_size
-                if updating:
+            for x in run.loader:                                                 # x uint8 [B, 3, H, W]
+                waited += time.perf_counter() - tick                             # how long the loop stood still for data
+                updated = train_batch(run, x)
+                images += len(x)*run.fabric.world_size
+                if updated:
                     bar.update(1)
                     if at.step % look_every == 0:
-                        stopped = look()
+                        look(run)
                         now = dict(epoch=at.epoch + 1, step=at.step, loss=at.loss/at.batches, psnr=psnr_of_loss(at.mse/at.batches),
-                                   learning_rate=lr, images_per_second=images/(time.perf_counter() - epoch_began))
-                        show(bar, config.model.type, now, t.max_epochs)
+                                   learning_rate=lr_now(run.optimizer), images_per_second=images/(time.perf_counter() - start))
+                        show(bar, run.config.model.type, now, t.max_epochs)
                         if at.step % t.log_every_n_steps == 0: logs.scalars("steps.csv", now)
-                    every = config.checkpoint.every_n_steps
-                    if every and at.step % every == 0 and at.batch < batches and not stopped: look(), save()
-                    if stopped or at.step >= total_steps: break
+                    every = run.config.checkpoint.every_n_steps
+                    if every and at.step % every == 0 and at.batch < run.batches and not run.stopped: look(run), save(run)
+                    if run.stopped or at.step >= run.total_steps: break
                 tick = time.perf_counter()
-            spent = time.perf_counter() - epoch_began
-            stopped = look() or stopped
-            if stopped:                                     # Ctrl-C: save where we are; the rest of the epoch is for later
-                save()
-                break
-
-            # --- end of an epoch: validate, log, draw, save -----------------------------------------------------------
-            sums = sum_over_processes(torch.tensor([at.loss, at.mse, at.batches], dtype=torch.float64))
-            train_loss, train_mse = (sums[:2]/sums[2]).tolist()
-            with fabric.autocast(): results = evaluate(judged, val_loader, device)
-            row = dict(epoch=at.epoch + 1, step=at.step, train_loss=train_loss, train_psnr=psnr_of_loss(train_mse),
-                       **{f"val_{k}": v for k, v in results.items() if k != "images"}, learning_rate=lr_now(optimizer),
-                       images_per_second=images/max(spent, 1e-9), waiting_for_data=waited/max(spent, 1e-9),
-                       seconds=at.seconds + time.perf_counter() - began)
-            logs.scalars("metrics.csv", row)
-            if not bar.disable: bar.write(epoch_line(config.model.type, row, t.max_epochs))
-            if t.pictures and is_first:
-                first = val_set.batch(range(min(t.pictures, len(val_set)))).to(device)
-                logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png", reconstruction_picture(judged, first), at.step)
-            value = row[config.checkpoint.monitor]
-            watch.update(value)
-            if t.schedule == "plateau" and not slope.update(value) and slope.bad_epochs > t.plateau_patience:
-                slope.scale, slope.bad_epochs = slope.scale*t.plateau_factor, 0
-            if at.batch == batches: at.next_epoch()         # not so if max_steps ended the run within an epoch
-            save(value)
-
-    if stopped and is_first:
-        print(f"Interrupted at step {at.step:,} of {total_steps:,}, in epoch {at.epoch + 1}. Saved {checkpoints.folder/checkpoints.last}\n"
-              f"Go on with: laser_train train.resume="
-              + (f"{place/'last'} output_dir={folder}" if config.checkpoint.dirpath else str(folder)))
-    best, last = (checkpoints.folder/name if name else None for name in fabric.broadcast((checkpoints.best, checkpoints.last)))
-    return FitResult(folder, not stopped, at.step, at.seconds, row, best, last)
+            seconds = time.perf_counter() - start
+            look(run)
+            if run.stopped: return save(run)                                     # where we are: the rest of the epoch is for later
+            end_epoch(run, logs, images, seconds, waited)
+            if not bar.disable: bar.write(epoch_line(run.config.model.type, run.row, t.max_epochs))
 
 # %% ../nbs/10_training.ipynb #0134
 def profile_step(
@@ -786,15 +950,6 @@ def training_speed(
             times[name].append(time.perf_counter() - start)
     return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
 
-# %% ../nbs/10_training.ipynb #2bb86d7c
-def continuous(
-    model: Autoencoder,  # any
-) -> bool:
-    "Whether its codes have no finite alphabet: no rate in bits means anything for them."
-    try: model.bottleneck.table_sizes()
-    except ValueError: return True
-    return False
-
 # %% ../nbs/10_training.ipynb #0140
 def evaluation_rows(
     name: str,               # of the model, for the first column
@@ -812,21 +967,19 @@ def evaluation_rows(
     return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid)) for text, b in variants]
 
 # %% ../nbs/10_training.ipynb #0141
-COLUMNS = dict(model="model", coefficients="coefficients", mse="MSE", psnr="PSNR (mean)", psnr_of_mean_mse="PSNR of mean MSE",
-               ssim="SSIM", lpips="LPIPS", rfid="rFID", usage="usage", perplexity="perplexity", bits_per_pixel="bits/pixel", bits_per_pixel_ideal="ideal bits/pixel")
+COLUMNS = dict(model=("model", ""), coefficients=("coefficients", ""), mse=("MSE", ".5f"), psnr=("PSNR (mean)", ".2f"),
+               psnr_of_mean_mse=("PSNR of mean MSE", ".2f"), ssim=("SSIM", ".4f"), lpips=("LPIPS", ".4f"), rfid=("rFID", ".2f"),
+               usage=("usage", ".1%"), perplexity=("perplexity", ".1f"), bits_per_pixel=("bits/pixel", ".4g"),
+               bits_per_pixel_ideal=("ideal bits/pixel", ".4g"))   # column -> its title and format
 
 def format_table(
     rows: list[dict],  # of `evaluation_rows`
 ) -> str:  # lines of equal columns
     "A table for a terminal; columns that no row has are left out."
-    styles = dict(mse=".5f", psnr=".2f", psnr_of_mean_mse=".2f", ssim=".4f", lpips=".4f", rfid=".2f", usage=".1%",
-                  perplexity=".1f", bits_per_pixel=".4g", bits_per_pixel_ideal=".4g")
-    used = [c for c in COLUMNS if any(c in row for row in rows)]
-    text = lambda c, row: "" if c not in row else format(row[c], styles[c]) if c in styles else str(row[c])
-    lines = [[COLUMNS[c] for c in used]] + [[text(c, row) for c in used] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in [aligned[0], ["-"*w for w in widths], *aligned[1:]])
+    import pandas as pd
+    shown = [{title: format(row[c], style) if c in row else "" for c, (title, style) in COLUMNS.items()} for row in rows]
+    table = pd.DataFrame(shown)
+    return table.loc[:, (table != "").any()].to_string(index=False)
 
 # %% ../nbs/10_training.ipynb #f07d85dc
 VQVAEConfig, DLVAEConfig = model_config("vqvae"), model_config("dlvae")   # until the commands are made from `model_config`
