@@ -179,9 +179,8 @@ def fingerprint(
     state = model.state_dict()
     names = sorted(name for name in state if not name.startswith(("encoder.", "pre_bottleneck.")))
     shapes = [(name, str(state[name].dtype), list(state[name].shape)) for name in names]
-    try: alphabets = model.bottleneck.table_sizes()
-    except ValueError: alphabets = None                                      # continuous codes: no streams, but a file of codes
-    digest = hashlib.sha256(json.dumps([model.bottleneck.name, alphabets, shapes]).encode())
+    step = getattr(model.bottleneck, "step", None)                           # a number beside the weights that values depend on
+    digest = hashlib.sha256(json.dumps([model.bottleneck.name, step, shapes]).encode())
     for name in names: digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return int.from_bytes(digest.digest()[:4], "little")
 
@@ -230,6 +229,14 @@ def _coding(model, rate_weight):
         model.train(training)
 
 # %% ../nbs/11_codec.ipynb #0036
+def _check_tables(bottleneck):
+    "`ValueError` without a finite alphabet, without tables, or with tables of another alphabet."
+    size = sum(bottleneck.table_sizes())
+    if bottleneck.table_counts.shape[1:] != (size,) or not len(bottleneck.rate_points):
+        raise ValueError(f"no probability tables are fitted for codes at rate_weight={bottleneck.rate_weight:g}: "
+                         f"call model.fit_tables(images, rate_weights=[{bottleneck.rate_weight:g}]) with training images")
+
+# %% ../nbs/11_codec.ipynb #0037
 CONTEXT = 128  # added to the rate point of a stream that was written with the context model
 
 def _models(model):
@@ -237,7 +244,7 @@ def _models(model):
     context = getattr(model, "context", None)
     return FixedTables(model.bottleneck), context and context.tables(model.bottleneck)
 
-# %% ../nbs/11_codec.ipynb #0037
+# %% ../nbs/11_codec.ipynb #0038
 OTHER = 127  # in place of the number of a rate point: the rate_weight follows in eight bytes
 
 def _rate_bytes(bottleneck):
@@ -251,7 +258,7 @@ def _rate_weight(bottleneck, number, data):
     if number < min(OTHER, len(bottleneck.rate_points)): return float(bottleneck.rate_points[number]), data
     raise ValueError(f"it was written at rate point {number}, and this model has {len(bottleneck.rate_points)}")
 
-# %% ../nbs/11_codec.ipynb #0038
+# %% ../nbs/11_codec.ipynb #0039
 def codes_to_streams(
     model,                   # an Autoencoder with fitted tables
     codes,                   # over [B, h, w], as `model.encode` gives them
@@ -259,6 +266,7 @@ def codes_to_streams(
 ) -> list[bytes]:
     "One stream for each image. `ValueError` without tables or a finite alphabet: it says what to set."
     bottleneck, (h, w) = model.bottleneck, grid_of(model, size)
+    _check_tables(bottleneck)
     identity, (fixed, context), (rate, extra) = fingerprint(model), _models(model), _rate_bytes(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy()
     if h * w == 0 or len(values) % (h * w) or max(size) > LONGEST_SIDE:
@@ -274,7 +282,7 @@ def codes_to_streams(
         streams.append(_add_header(extra + data, how, size, identity))
     return streams
 
-# %% ../nbs/11_codec.ipynb #0039
+# %% ../nbs/11_codec.ipynb #0040
 def grid_of(
     model,                   # an Autoencoder
     size: tuple[int, int],   # height and width of an image
@@ -282,7 +290,7 @@ def grid_of(
     "Rows and columns of its codes: sides that the model's divisor does not divide are padded."
     return tuple(-(-side // model.divisor) for side in size)
 
-# %% ../nbs/11_codec.ipynb #0040
+# %% ../nbs/11_codec.ipynb #0041
 def _read(model, streams):
     "(height, width, rate_weight) and symbols [h * w, T] of every stream; `ValueError` says which is wrong, and how."
     bottleneck, identity, read = model.bottleneck, fingerprint(model), []
@@ -297,7 +305,7 @@ def _read(model, streams):
         except ValueError as error: raise ValueError(f"cannot decode stream {i}: {error}") from error
     return read
 
-# %% ../nbs/11_codec.ipynb #0041
+# %% ../nbs/11_codec.ipynb #0042
 def streams_to_codes(
     model,                  # the model that wrote them
     streams: list[bytes],   # of images of one size, written at one rate
@@ -307,13 +315,13 @@ def streams_to_codes(
     if len(set(kinds)) > 1: raise ValueError(f"expected images of one size and rate, got {sorted(set(kinds))}; decompress takes several")
     with _coding(model, kinds[0][2]): return _to_codes(model, values, kinds[0][:2]), kinds[0][:2]
 
-# %% ../nbs/11_codec.ipynb #0042
+# %% ../nbs/11_codec.ipynb #0043
 def code_length(bottleneck) -> int:
     "How many symbols the longest code has: from_symbols may rely on as many columns as symbol_values gives."
     zero = torch.zeros(1, bottleneck.signal_dim, device=bottleneck.table_counts.device)
     return bottleneck.symbol_values(bottleneck.encode_signals(zero)).shape[1]
 
-# %% ../nbs/11_codec.ipynb #0043
+# %% ../nbs/11_codec.ipynb #0044
 def _to_codes(model, values, size):
     "The symbols of images of one size to codes over [B, h, w]."
     bottleneck, length = model.bottleneck, code_length(model.bottleneck)
@@ -321,7 +329,7 @@ def _to_codes(model, values, size):
     codes = bottleneck.from_symbols(torch.from_numpy(rows).to(bottleneck.table_counts.device))
     return codes.reshape(len(values), *grid_of(model, size), *bottleneck.code_shape)
 
-# %% ../nbs/11_codec.ipynb #0046
+# %% ../nbs/11_codec.ipynb #0047
 def compress(
     model,                              # an Autoencoder with fitted tables
     images,                             # float [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes
@@ -334,14 +342,14 @@ def compress(
         raise ValueError(f"a {type(model.bottleneck).__name__} has one rate only: leave rate_weight out")
     streams = []
     with _coding(model, rate_weight):
-        model.bottleneck.table_sizes(), model.bottleneck.rate_point      # what is missing is said before the work
+        _check_tables(model.bottleneck)                                      # what is missing is said before the work
         for x in batches:
             right, below = (-x.shape[-1] % model.divisor, -x.shape[-2] % model.divisor)
             padded = F.pad(x, (0, right, 0, below), mode="replicate")
             if len(x): streams += codes_to_streams(model, model.encode(padded), tuple(x.shape[-2:]))
     return streams
 
-# %% ../nbs/11_codec.ipynb #0047
+# %% ../nbs/11_codec.ipynb #0048
 def decompress(
     model,                   # the model that wrote them
     streams: list[bytes],    # what `compress` gave
@@ -358,12 +366,12 @@ def decompress(
     same_size = len({picture.shape for picture in pictures}) == 1
     return torch.cat(pictures) if same_size else [picture[0] for picture in pictures]
 
-# %% ../nbs/11_codec.ipynb #0050
+# %% ../nbs/11_codec.ipynb #0051
 SUFFIX = ".laser"  # of a stream in a file
 Written = namedtuple("Written", "source target bytes height width")
 Written.__doc__ = "A file that was written: from where, to where, the length of its stream in bytes, the size of its image in pixels."
 
-# %% ../nbs/11_codec.ipynb #0051
+# %% ../nbs/11_codec.ipynb #0052
 def _plan(sources, find, output, suffix, overwrite):
     "Pairs (file, where to write), for files and for what `find` sees in folders."
     pairs = []
@@ -379,14 +387,14 @@ def _plan(sources, find, output, suffix, overwrite):
             raise FileExistsError(f"{target} is there already: choose another output folder, or say overwrite=True")
     return pairs
 
-# %% ../nbs/11_codec.ipynb #0052
+# %% ../nbs/11_codec.ipynb #0053
 def _streams_in(folder):
     "All streams in a folder and its subfolders."
     files = sorted(folder.rglob(f"*{SUFFIX}"))
     if not files: raise ValueError(f"the folder {folder} holds no {SUFFIX} files")
     return files
 
-# %% ../nbs/11_codec.ipynb #0053
+# %% ../nbs/11_codec.ipynb #0054
 def compress_files(
     model,                              # an Autoencoder with fitted tables
     sources,                            # an image file, a folder, or a list of such
@@ -407,7 +415,7 @@ def compress_files(
         written.append(Written(source, target, len(stream), *image.shape[1:]))
     return written
 
-# %% ../nbs/11_codec.ipynb #0054
+# %% ../nbs/11_codec.ipynb #0055
 def decompress_files(
     model,                              # the model that wrote them
     sources,                            # a stream's file, a folder, or a list of such
@@ -428,13 +436,13 @@ def decompress_files(
         written.append(Written(source, target, len(stream), *image.shape[1:]))
     return written
 
-# %% ../nbs/11_codec.ipynb #0058
+# %% ../nbs/11_codec.ipynb #0059
 def _arrays(codes):
     "Codes as named arrays; integers in 32 bits."
     parts = dict(indices=codes.indices, values=codes.values) if isinstance(codes, SparseCode) else dict(codes=codes)
     return {k: (v if v.is_floating_point() else v.int()).cpu().numpy() for k, v in parts.items()}
 
-# %% ../nbs/11_codec.ipynb #0059
+# %% ../nbs/11_codec.ipynb #0060
 DTYPES = {"I32": np.int32, "F32": np.float32, "F64": np.float64}  # safetensors' names
 
 def _layout(arrays, metadata):
@@ -447,7 +455,7 @@ def _layout(arrays, metadata):
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, end
 
-# %% ../nbs/11_codec.ipynb #0060
+# %% ../nbs/11_codec.ipynb #0061
 class EncodedImages:
     "The codes of a data set in a file of `encode_dataset`: `codes = encoded[10:20]`, and `model.decode(codes)`."
 
@@ -478,7 +486,7 @@ class EncodedImages:
         return (f"{len(self):,} images, {np.nansum(self.bits) / 8 / 1024:,.1f} KiB of codes, {np.nansum(self.bits) / pixels:.4f} "
                 f"bits a pixel ({self.metadata['rate']})")
 
-# %% ../nbs/11_codec.ipynb #0061
+# %% ../nbs/11_codec.ipynb #0062
 def encode_dataset(
     model,                              # an Autoencoder
     images,                             # a `laser.data.Images`, all of one size
