@@ -30,6 +30,8 @@ setup(
         "Programming Language :: Python :: 3",
     ],
     packages=find_packages(include=["laser", "laser.*"]),
+    package_dir={"": "."},           # an editable install is then a plain path, which type checkers and editors follow
+    package_data={"laser": ["py.typed"]},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=split(cfg["requirements"]),

@@ -297,7 +297,7 @@ def plan_runs(
     words: list[str],  # overrides of the command line
 ) -> tuple[Path, list]:  # the job's folder, and for each run its Config and the checkpoint to go on from, or None
     "Which runs to make, in order."
-    from laser.training import config_from_dict, find_checkpoint
+    from laser.training import config_from_dict, find_checkpoint, stored_config
     if not given.train.resume:
         folder, models = Path(given.output_dir), split_model(given.model)
         if len(models) == 1: return folder, [(given, None)]
@@ -306,9 +306,7 @@ def plan_runs(
     place = Path(given.train.resume).expanduser()
     if not (place/"job.json").is_file():  # one run, or one checkpoint
         checkpoint = find_checkpoint(place)
-        if not (checkpoint/"run.json").is_file(): raise FileNotFoundError(f"{checkpoint} can be evaluated but not resumed: it has no run.json")
-        stored = config_from_dict(json.loads((checkpoint/"run.json").read_text(encoding="utf-8")))
-        if checkpoint.parent.name == "checkpoints": stored.output_dir = str(checkpoint.parent.parent)  # where it is now
+        stored = stored_config(checkpoint)  # where it is now
         return Path(stored.output_dir), [(resumed_config(stored, given, words), checkpoint)]
     runs = []
     for values in json.loads((place/"job.json").read_text(encoding="utf-8")):
@@ -338,15 +336,16 @@ def write_results(
 ) -> list[Path]:  # the two files
     "results.json and results.csv."
     import csv, io
-    from laser.training import write_atomically
+    from laser.checkpoints import files_into
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader(), writer.writerows(rows)
-    write_atomically(folder/"results.json", json.dumps(dict(results=rows, **about, versions=versions()), indent=2) + "\n")
-    write_atomically(folder/"results.csv", text.getvalue())
+    with files_into(folder) as new:
+        (new/"results.json").write_text(json.dumps(dict(results=rows, **about, versions=versions()), indent=2) + "\n", encoding="utf-8")
+        (new/"results.csv").write_text(text.getvalue(), encoding="utf-8")
     return [folder/"results.json", folder/"results.csv"]
 
 # %% ../nbs/15_cli.ipynb #0061

@@ -179,6 +179,20 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         "Codes to images [B, 3, H, W]."
         return self.to_image(self.synthesize(self.bottleneck.decode_codes(codes)))
 
+    def compress(
+        self,
+        images: torch.Tensor | list[torch.Tensor],  # [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes; any size
+        rate_weight: float | None = None,  # squared error that one bit is worth; None: the bottleneck's own
+    ) -> list[bytes]:
+        "One stream an image: see [11_codec](11_codec.ipynb). `ValueError` without a finite alphabet or fitted tables."
+        from laser.codec import compress
+        return compress(self, images, rate_weight)
+
+    def decompress(self, streams: list[bytes]) -> torch.Tensor | list[torch.Tensor]:
+        "Streams to images [B, 3, H, W], or a list of [3, H, W] where sizes differ. `ValueError` for a damaged or foreign one."
+        from laser.codec import decompress
+        return decompress(self, streams)
+
     def bits_per_pixel(self) -> float:
         "Nominal bits for one pixel: those of one code over the pixels it stands for; no entropy coding."
         return self.bottleneck.bits_per_code()/self.divisor**2

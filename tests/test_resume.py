@@ -16,6 +16,7 @@ from laser.training import find_checkpoint
 RUN = """
 import os, signal, sys
 import torch
+from laser.checkpoints import CheckpointConfig
 from laser.training import *
 folder, model, data, kill_at, resume = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] == "resume"
 sizes = dict(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
@@ -112,6 +113,6 @@ def test_full_disk_keeps_the_last_good_checkpoint(pictures, tmp_path):
     full = RUN.replace("torch.set_num_threads(1)", "torch.set_num_threads(1)\nreal_save = torch.save\ndef save(state, path):\n"
                        "    if state['position']['step'] > 3: path = '/dev/full'\n    with open(path, 'wb', buffering=0) as f: real_save(state, f)\ntorch.save = save\n")
     result = subprocess.run([sys.executable, "-c", full, str(tmp_path/"run"), "vqvae", str(pictures), "0", "new"], capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0 and "CheckpointError" in result.stderr and "the last good one is" in result.stderr, result.stderr
+    assert result.returncode != 0 and "CheckpointError" in result.stderr and "the last good checkpoint is" in result.stderr, result.stderr
     assert find_checkpoint(tmp_path/"run").name == "step-00000003"
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir() if p.is_dir() and not p.is_symlink()) == ["step-00000003"]

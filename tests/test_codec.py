@@ -1,0 +1,279 @@
+"""Streams: exact, as short as their tables promise, and nothing but an error or an image whatever bytes come in."""
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from laser import codec
+from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_class, bottleneck_options, register
+from laser.models import Autoencoder
+from laser.sparse_coding import SparseCode
+
+NETWORK = dict(num_hiddens=16, num_residual_hiddens=8, num_residual_blocks=1, downsampling_factor=4)
+
+
+@register("test_codec")
+class Ragged(Bottleneck):
+    """One of 5 kinds, then as many numbers as the kind says, the first below 3, the second below 7, the others always 0."""
+
+    def __init__(self, embedding_dim: int = 8):
+        super().__init__(7, embedding_dim)
+        self.code_shape = (5,)
+        self.scale = torch.nn.Parameter(torch.tensor(0.25))
+
+    def encode_signals(self, signals):
+        kind = (signals[:, 0].abs() * 4).long() % 5
+        numbers = (signals[:, 1:5] * 50).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
+        used = torch.arange(4, device=signals.device) < kind[:, None]
+        return torch.cat([kind[:, None], torch.where(used, numbers, -1)], 1)
+
+    def decode_signals(self, codes): return torch.nn.functional.pad(codes * self.scale, (0, self.signal_dim - 5))
+    def table_sizes(self): return [5, 3, 7, 1]
+
+    def next_table(self, before):
+        t = before.shape[1]
+        return before.new_zeros(len(before)) if t == 0 else torch.where(before[:, 0] < t, -1, min(t, 3))
+
+    def symbol_values(self, codes): return codes.clamp_min(0)
+
+    def from_symbols(self, values):
+        used = torch.arange(4) < values[:, :1]
+        return torch.cat([values[:, :1], torch.where(used, values[:, 1:], -1)], 1)
+
+
+def with_alphabet():
+    """Every registered bottleneck that can be coded, and the options that make it so."""
+    bottleneck_class("vq")
+    for name in BOTTLENECKS:
+        options = {key: value for key, value in dict(num_embeddings=16, embedding_dim=8, coefficient_bits=5).items()
+                   if key in bottleneck_options(name)}
+        try: Autoencoder(name, **NETWORK, **options).bottleneck.table_sizes()
+        except ValueError: continue
+        yield name, options
+
+
+def images(count, side=32, seed=0):
+    """Smooth random pictures, float [count, 3, side, side] in [0, 1]."""
+    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture(scope="module", params=[*with_alphabet()], ids=lambda p: p[0])
+def model(request):
+    name, options = request.param
+    torch.manual_seed(0)
+    model = Autoencoder(name, **NETWORK, **options).train()
+    for seed in range(3): model(images(32, seed=seed))
+    model.eval().fit_tables(images(100, seed=9))
+    return model
+
+
+def same(a, b):
+    if isinstance(a, SparseCode): return torch.equal(a.indices, b.indices) and torch.equal(a.values, b.values)
+    return torch.equal(a, b)
+
+
+def pick(codes, start, stop):
+    if isinstance(codes, SparseCode): return SparseCode(codes.indices[start:stop], codes.values[start:stop])
+    return codes[start:stop]
+
+
+def test_codes_and_pictures_come_back(model):
+    x = images(5, seed=1)
+    codes = model.encode(x)
+    streams = model.compress(x)
+    back, size = codec.streams_to_codes(model, streams)
+    assert size == (32, 32) and same(back, codes)
+    assert torch.equal(model.decompress(streams), model.decode(codes))
+
+
+def test_coded_bits_are_within_two_percent_of_ideal(model):
+    x = images(100, side=64, seed=2)
+    with torch.no_grad(): ideal = float(model.bottleneck.code_bits(model.encode(x)).sum())
+    coded = sum(8 * len(stream) for stream in model.compress(x))
+    header = 100 * 8 * codec.HEADER.size
+    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < 1.02 * ideal + 100 * 8
+
+
+def test_every_size_comes_back(model):
+    sizes = [(1, 1), (3, 50), (33, 32), (64, 7)]
+    x = [images(1, side=64)[0, :, :h, :w] for h, w in sizes]
+    decoded = model.decompress(model.compress(x))
+    assert [tuple(y.shape[1:]) for y in decoded] == sizes
+    assert all(0 <= y.min() and y.max() <= 1 for y in decoded)
+
+
+def test_saved_model_decodes(model, tmp_path):
+    if model.bottleneck.name == "test_codec": pytest.skip("its options are those of this file")
+    streams = model.compress(images(2))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Autoencoder.from_pretrained(tmp_path).decompress(streams), model.decompress(streams))
+
+
+def repaired(stream):
+    """The stream with its checksum made right again."""
+    return stream[:12] + zlib.crc32(stream[16:], zlib.crc32(stream[:12])).to_bytes(4, "little") + stream[16:]
+
+
+def mutations(streams, count, seed):
+    """Streams with flipped, cut, added and exchanged bytes; every second one with its checksum made right again."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        stream = bytearray(streams[rng.integers(len(streams))])
+        kind = rng.integers(5)
+        if kind == 0: stream[rng.integers(len(stream))] ^= 1 << rng.integers(8)
+        elif kind == 1: stream = stream[:rng.integers(len(stream))]
+        elif kind == 2: stream += rng.bytes(rng.integers(1, 9))
+        elif kind == 3: stream[4:8] = rng.bytes(4)                                      # size of the image
+        else:
+            start = rng.integers(len(stream))
+            stream[start:start + 4] = rng.bytes(min(4, len(stream) - start))
+        stream = bytes(stream)
+        yield repaired(stream) if i % 2 and len(stream) >= 16 else stream
+
+
+def check_mutations(model, count):
+    streams, refused = model.compress(images(8, seed=3)), 0
+    for stream in mutations(streams, count, seed=4):
+        start = time.perf_counter()
+        try: x = model.decompress([stream])
+        except ValueError: refused += 1
+        else: assert x.ndim == 4 and x.shape[1] == 3 and 0 <= x.min() and x.max() <= 1
+        assert time.perf_counter() - start < 1
+    assert refused > 0.9 * count
+
+
+def test_mutated_streams(model): check_mutations(model, 400 // len([*with_alphabet()]) + 1)
+
+
+@pytest.mark.slow
+def test_many_mutated_streams(model): check_mutations(model, 4000)
+
+
+def huge(stream, height, width):
+    """The stream with another size in its header, and the right checksum."""
+    return repaired(stream[:4] + height.to_bytes(2, "little") + width.to_bytes(2, "little") + stream[8:])
+
+
+HUGE = """
+import resource, sys, time
+sys.path.insert(0, "tests")
+from test_codec import *
+torch.manual_seed(0)
+model = Autoencoder("vq", num_embeddings=16, embedding_dim=8, **NETWORK).train()
+x = images(8) * float(sys.argv[1])
+model(x), model.eval().fit_tables(x)
+[stream] = model.compress(x[:1])
+try: model.decompress([stream[:-1]])
+except ValueError: pass
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+for size in ((60_000, 60_000), (1, 60_000), (60_000, 1), (1000, 1000), (33, 32), (128, 128)):
+    try: model.decompress([huge(stream, *size)])
+    except ValueError as error: print(size, error)
+    else: print(size, "IMAGE")
+seconds, memory = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(f"{seconds:.2f} s, {memory:.0f} MB")
+assert seconds < 6 and memory < 100
+"""
+
+
+@pytest.mark.parametrize("contrast", ["1", "0"])      # "0": every code is the same, so that nearly nothing is written
+def test_huge_sizes_cost_nothing(contrast):
+    done = subprocess.run([sys.executable, "-c", HUGE, contrast], capture_output=True, text=True)
+    assert done.returncode == 0 and "IMAGE" not in done.stdout, done.stdout + done.stderr
+
+
+def stored_streams():
+    """Streams of stored codes under stored tables: three images of 6 x 9 codes, of a bottleneck with four tables."""
+    bottleneck = Ragged()
+    bottleneck.rate_points = torch.zeros(1, dtype=torch.float64)
+    bottleneck.table_counts = torch.tensor([[800, 300, 77, 20, 9, 5, 6, 7, 1, 1, 2, 3, 5, 8, 13, 9]])
+    n = torch.arange(3 * 54)
+    values = torch.stack([n * n % 5, n % 3, n * 3 % 7, n * 0, n * 0], 1)
+    tables = codec.FixedTables(bottleneck)
+    return bottleneck, tables, values.view(3, 54, 5).numpy()
+
+
+STORED = """
+import hashlib, sys, torch
+sys.path.insert(0, "tests")
+from test_codec import *
+torch.set_num_threads(int(sys.argv[1]))
+bottleneck, tables, values = stored_streams()
+data = [codec.write_symbols(bottleneck, tables, v, 6, 9) for v in values]
+for v, d in zip(values, data):
+    assert (codec.read_symbols(bottleneck, tables, d, 6, 9) == np.where(np.arange(5) <= v[:, :1], v, 0)).all()
+print(hashlib.md5(b"".join(data)).hexdigest())
+"""
+SCALAR = dict(ATEN_CPU_CAPABILITY="default", NPY_DISABLE_CPU_FEATURES="AVX512F AVX512CD AVX512_SKX AVX2 FMA3")
+
+
+@pytest.mark.parametrize("threads, environment", [("1", {}), ("2", {}), ("1", SCALAR)], ids=["1", "2", "no vectors"])
+def test_bytes_of_stored_codes(threads, environment):
+    done = subprocess.run([sys.executable, "-c", STORED, threads], capture_output=True, text=True, env=os.environ | environment)
+    assert done.stdout.strip() == "27e6f0883d9d449809ad73192caf9773", done.stderr
+
+
+def test_streams_do_not_depend_on_the_batch(model):
+    codes = model.encode(images(6, seed=5))
+    together = codec.codes_to_streams(model, codes, (32, 32))
+    for size in (1, 2, 3):
+        parts = [codec.codes_to_streams(model, pick(codes, i, i + size), (32, 32)) for i in range(0, 6, size)]
+        assert sum(parts, []) == together
+
+
+def refusal(function, *args):
+    with pytest.raises(ValueError) as error: function(*args)
+    return str(error.value)
+
+
+def test_errors_say_what_to_do(model):
+    [stream] = model.compress(images(1))
+    other = Autoencoder("vq", num_embeddings=4, embedding_dim=8, **NETWORK).eval()
+    assert "fit_tables" in refusal(other.compress, images(1))
+    other.fit_tables(images(1))
+    assert "another model" in refusal(other.decompress, [stream])
+    assert "header" in refusal(model.decompress, [stream[:10]])
+    assert "checksum" in refusal(model.decompress, [stream[:-1]])
+    assert "no LASER stream" in refusal(model.decompress, [b"\x89PNG" + stream])
+    assert "stream 1" in refusal(model.decompress, [stream, b""])
+    assert "version 9" in refusal(model.decompress, [repaired(stream[:2] + b"\x09" + stream[3:])])
+
+
+def test_continuous_coefficients_have_no_stream():
+    assert "coefficient_bits" in refusal(Autoencoder("dl", embedding_dim=8, **NETWORK).eval().compress, images(1))
+
+
+def test_rate_weight_is_put_back():
+    model = Autoencoder("vq", num_embeddings=4, embedding_dim=8, **NETWORK).eval()
+    model.fit_tables(images(2))
+    if "rate_weight" not in bottleneck_options("vq"): assert "one rate" in refusal(model.compress, images(1), 0.1)
+    else: model.compress(images(1), 0.1)
+    assert model.bottleneck.rate_weight == 0.0
+
+
+def test_resumed_dataset_equals_an_uninterrupted_one(model, tmp_path, monkeypatch):
+    from laser.data import SampleCrops
+    data = SampleCrops("test", size=32, limit=10)
+    whole = codec.encode_dataset(model, data, tmp_path / "whole.safetensors", batch_size=4)
+    batch, calls = data.batch, []
+
+    def stopping(keys):
+        calls.append(keys)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return batch(keys)
+
+    monkeypatch.setattr(data, "batch", stopping)
+    with pytest.raises(KeyboardInterrupt): codec.encode_dataset(model, data, tmp_path / "codes.safetensors", batch_size=4)
+    assert not (tmp_path / "codes.safetensors").exists()
+    with pytest.raises(ValueError, match="begun with another"):
+        codec.encode_dataset(model, data, tmp_path / "codes.safetensors", batch_size=5)
+    resumed = codec.encode_dataset(model, data, tmp_path / "codes.safetensors", batch_size=4)
+    assert resumed.file.read_bytes() == whole.file.read_bytes()
+    assert same(resumed[:4], model.encode(batch(range(4))))
