@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .kernels_cpu import _options, _product, _run
 
-# %% ../nbs/34_kernels_search.ipynb #42816542
-_jit = njit(**_options | {"cache": _options["cache"] and "__file__" in globals()})  # a notebook's cell has no file to cache beside
+# %% ../nbs/34_kernels_search.ipynb #43496a6e
+_jit = njit(**_options | {"fastmath": _options["fastmath"] | {"nnan"},                # or the minimum of a row is not vectorised
+                          "cache": _options["cache"] and "__file__" in globals()})    # a notebook's cell has no file to cache beside
 
 # %% ../nbs/34_kernels_search.ipynb #f71cd796
 @_jit
@@ -40,43 +41,65 @@ def _best_level(c, prices, step, most):
         if less < cost: return sign * (q - 1), less
     return sign * q, cost
 
+# %% ../nbs/34_kernels_search.ipynb #e1c49c35
+@_jit
+def _least(x):
+    least = x[0]
+    for k in range(len(x)):
+        if x[k] < least: least = x[k]
+    return least
+
 # %% ../nbs/34_kernels_search.ipynb #c3bebb6e
 @_jit
 def _expand(c, bound, base, gained, entry_price, level_price, step, parent, costs, parents, picks, levels):
     "Offer all continuations of a hypothesis of cost `base`, whose residual has the products c with the entries of this stage."
-    K, last, most = len(c), len(costs) - 1, level_price.shape[1] // 2
+    last, most = len(costs) - 1, level_price.shape[1] // 2
     if gained:
-        for k in range(K): bound[k] = entry_price[k] - c[k] * c[k]
+        for k in range(len(c)): bound[k] = entry_price[k] - c[k] * c[k]
     else:
-        for k in range(K): bound[k] = entry_price[k] - (c[k] + c[k])
-    for start in range(0, K, 64):
-        stop = min(K, start + 64)
-        least = bound[start]
-        for k in range(start + 1, stop): least = min(least, bound[k])
-        if not base + least < costs[last]: continue
-        for k in range(start, stop):
-            if not base + bound[k] < costs[last]: continue
-            level, more = 0, bound[k]
+        for k in range(len(c)): bound[k] = entry_price[k] - (c[k] + c[k])
+    ahead, best = np.inf, 0                                     # the most promising block first: then few others are
+    for start in range(0, len(c), 64):
+        least = _least(bound[start:start + 64])
+        if least < ahead: ahead, best = least, start
+    for turn in range(-64, len(c), 64):
+        start = best if turn < 0 else turn
+        part = bound[start:start + 64]
+        if turn == best or not base + _least(part) < costs[last]: continue
+        for i in range(len(part)):
+            if not base + part[i] < costs[last]: continue
+            k, level, more = start + i, 0, part[i]
             if gained:
                 level, more = _best_level(c[k], level_price[k], step, most)
                 more += entry_price[k]
             if base + more < costs[last]: _offer(costs, parents, picks, levels, base + more, parent, k, level)
 
+# %% ../nbs/34_kernels_search.ipynb #cc6b1efe
+@_jit
+def _subtract(c, g, row):
+    for k in range(len(c)): c[k] -= g * row[k]
+
 # %% ../nbs/34_kernels_search.ipynb #52fd0677
 @_jit
-def _requantize(n, products, gram, gained, support, level, gain, level_price, step):
-    "Choose the first n gains again, one after the other, each with the others as they are; what that adds to the cost."
-    most, change = level_price.shape[1] // 2, 0.0
-    for s in range(n):
+def _requantize(t, products, gram, gained, support, level, gain, along, level_price, step):
+    "Atom t is new: choose the gains again, one after the other, each with the others as they are; what that adds to the cost."
+    most, change, new = level_price.shape[1] // 2, 0.0, support[t]
+    along[t] = products[new] - gain[t]
+    for j in range(t):
+        overlap = gram[support[j], new]
+        along[t] -= gain[j] * overlap
+        along[j] -= gain[t] * overlap
+    if t == 0: return change
+    for s in range(t + 1):
         if not gained[s]: continue
         a, g = support[s], gain[s]
-        c = products[a] + g
-        for j in range(n): c -= gain[j] * gram[support[j], a]
+        c = along[s] + g
         best, cost = _best_level(c, level_price[a], step, most)
         saved = cost - (g * (g - c - c) + level_price[a, most + level[s]])
-        if saved < 0:
-            level[s], gain[s] = best, best * step
-            change += saved
+        if saved >= 0: continue
+        level[s], gain[s] = best, best * step
+        change += saved
+        for j in range(t + 1): along[j] -= (gain[s] - g) * gram[a, support[j]]
     return change
 
 # %% ../nbs/34_kernels_search.ipynb #776e232e
@@ -87,8 +110,10 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
     support, new_support = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     level, new_level = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     gain, new_gain = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)
+    along, new_along = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)   # products of the residual with the chosen atoms
     cost, costs = np.zeros(beam, dtype), np.empty(beam, dtype)
     parents, picks, steps = np.empty(beam, np.int64), np.empty(beam, np.int64), np.empty(beam, np.int64)
+    gains = gained.any()
     for n in range(lo, hi):
         best = np.inf if whole else go_price[A, 1]
         indices[n], levels[n] = -1, 0
@@ -97,26 +122,26 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
             f, better = first[t], False
             costs[:] = np.inf
             for b in range(live):
-                for k in range(K): c[k] = products[n, f + k]
-                for s in range(t):
-                    g, a = gain[b, s], support[b, s]
-                    for k in range(K): c[k] -= g * gram[a, f + k]
+                c[:] = products[n, f:f + K]
+                for s in range(t): _subtract(c, gain[b, s], gram[support[b, s], f:f + K])
                 base = cost[b] + go_price[support[b, t - 1] if t else A, 0]
                 _expand(c, bound, base, gained[t], entry_price[t], level_price[f:f + K], step, b, costs, parents, picks, steps)
             live = 0
             for i in range(beam):
                 if costs[i] == np.inf: break
                 b, a = parents[i], f + picks[i]
-                for s in range(t): new_support[i, s], new_level[i, s], new_gain[i, s] = support[b, s], level[b, s], gain[b, s]
+                for s in range(t):
+                    new_support[i, s], new_level[i, s], new_gain[i, s], new_along[i, s] = support[b, s], level[b, s], gain[b, s], along[b, s]
                 new_support[i, t], new_level[i, t], new_gain[i, t] = a, steps[i], steps[i] * step if gained[t] else 1
                 cost[i] = costs[i]
-                if t: cost[i] += _requantize(t + 1, products[n], gram, gained, new_support[i], new_level[i], new_gain[i], level_price, step)
+                if gains: cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i], new_along[i], level_price, step)
                 live += 1
                 closed = cost[i] + (go_price[a, 1] if t + 1 < T else 0)
                 if closed < best and (t + 1 == depth or not whole):
                     best, better = closed, True
                     for s in range(t + 1): indices[n, s], levels[n, s] = new_support[i, s] - first[s], new_level[i, s]
-            support, new_support, level, new_level, gain, new_gain = new_support, support, new_level, level, new_gain, gain
+            support, new_support, level, new_level = new_support, support, new_level, level
+            gain, new_gain, along, new_along = new_gain, gain, new_along, along
             if not (better or whole): break
 
 # %% ../nbs/34_kernels_search.ipynb #9b5f50fe

@@ -368,20 +368,31 @@ class ResidualVQ(_Chain, Bottleneck):
     def gain_step(self) -> float: return 1.0
     def _codes(self, indices, levels): return indices
     def _parts(self, codes): return codes, torch.zeros_like(codes)
-    def _shaped(self, entries, first=0): return entries
+    def _shaped(self, entries): return entries
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each stage, and a bit for each flag where depth is chosen."
         return self.num_quantizers * (rate.nominal_bits(self.num_embeddings) + bool(self.rate_weight))
 
     def _search(self, signals, depth, beam):
         "Indices and levels of signals [N, M]."
+        signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
+        if beam == 1 and not self.rate_weight and not any(self._gained): return self._nearest(signals, depth)
         made_of = self.rate_weight, self.gain_step, self.training, *((b.data_ptr(), b._version) for b in (self.entries, self.symbol_counts, self.table_counts))
         if self.training or torch.compiler.is_compiling() or self._kept is None or self._kept[0] != made_of:
             with exact_products() if signals.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
             self._kept = made_of, gram, self.prices()
         _, gram, prices = self._kept
-        return torch.ops.laser.residual_search(signals.detach().to(self.entries.dtype), self.entries, gram, self._first, self._gained, *prices,
-                                               self.gain_step, beam, min(depth, self.num_quantizers), self._whole)
+        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices,
+                                               self.gain_step, beam, depth, self._whole)
+
+    def _nearest(self, signals, depth):
+        "The search where bits cost nothing and the beam is one: a lookup a stage."
+        indices = signals.new_full((len(signals), self.num_quantizers), -1, dtype=torch.int64)
+        for t, first in enumerate(self._first[:depth]):
+            codebook = self.entries[first:first + self.num_embeddings]
+            indices[:, t] = nearest_entry(signals, codebook)
+            signals = signals - F.embedding(indices[:, t], codebook)
+        return indices, torch.zeros_like(indices)
 
     @property
     def _whole(self): return not self.rate_weight                                # use every stage, if bits cost nothing
@@ -427,8 +438,10 @@ class ResidualVQ(_Chain, Bottleneck):
         residual = signals
         for d in range(self.num_codebooks):
             first = d * self.num_embeddings
-            rows = first_rows(self._shaped(residual, first), self.num_embeddings, self.init, self._generator())
-            self.entries[first:first + len(rows)] = self._shaped(rows.to(self.entries.dtype), first)
+            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)    # a residual of zero has no direction
+            rows = first_rows(residual, self.num_embeddings, self.init, self._generator())
+            self.entries[first:first + len(rows)] = rows
+            self.entries.copy_(self._shaped(self.entries))
             codes = self._codes(*self._search(signals, d + 1, 1))
             residual = signals - self.decode_signals(codes)
         self.ema_sums.copy_(self.entries)
@@ -548,9 +561,9 @@ class GainShapeVQ(ResidualVQ):
         "Nominal: ceil(log2 K) for each atom, a bit for the flag behind it, and ceil(log2 (2 * max_level)) for its gain."
         return super().bits_per_code() + self.num_quantizers * (not self.rate_weight) + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
 
-    def _shaped(self, entries, first=0):
-        "Rows from `first` on, at unit norm where they are atoms."
-        plain, atoms = entries.tensor_split([max(0, self._first_atom - first)])
+    def _shaped(self, entries):
+        "All entries, at unit norm where they are atoms."
+        plain, atoms = entries.tensor_split([self._first_atom])
         return torch.cat([plain, F.normalize(atoms, dim=1)])
 
     def _codes(self, indices, levels):
