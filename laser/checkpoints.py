@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'INDEX', 'STEP_NAME', 'flush_to_disk', 'remove', 'write_beside', 'files_into', 'FolderInUse', 'claim',
-           'rng_state', 'set_rng_state', 'read_json', 'write_digests', 'check_digests', 'CheckpointConfig',
-           'CheckpointError', 'read_index', 'Checkpoints', 'find_checkpoint', 'load_training_state', 'append_row',
-           'keep_rows']
+           'rng_state', 'set_rng_state', 'read_json', 'write_digests', 'check_digests', 'CheckpointError', 'read_index',
+           'Checkpoints', 'find_checkpoint', 'load_training_state', 'append_row', 'keep_rows']
 
 # %% ../nbs/09_checkpoints.ipynb #0003
 import errno, hashlib, json, math, os, random, re, shutil, tempfile, time, zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
@@ -177,17 +175,6 @@ def check_digests(
             raise ValueError(f"{folder/name} is damaged: its SHA-256 is not the one in {DIGESTS}. Use another checkpoint or a "
                              f"copy; if you changed the file yourself, delete {sums}")
 
-# %% ../nbs/09_checkpoints.ipynb #0031
-@dataclass
-class CheckpointConfig:
-    "Group `checkpoint`: what is kept, and which is best."
-    dirpath: Optional[str] = None       # folder of the checkpoints; None: checkpoints/ in the run's folder
-    monitor: str = "val_mse"            # what decides: a column of metrics.csv
-    mode: str = "min"                   # min or max
-    save_top_k: int = 1                 # how many of the best to keep
-    save_last: bool = True              # keep the newest too
-    every_n_steps: int = 0              # save so often within an epoch as well; 0: at its end only
-
 # %% ../nbs/09_checkpoints.ipynb #0032
 class CheckpointError(OSError):
     "A checkpoint could not be written; the message says what remains."
@@ -216,10 +203,14 @@ def read_index(
 class Checkpoints:
     "The checkpoints of one run."
     def __init__(self,
-        folder: str | Path,        # where they go
-        config: CheckpointConfig,  # save_top_k, save_last, monitor, mode
+        folder: str | Path,      # where they go
+        monitor: str = "val_mse",  # what the numbers are, for a reader of the index
+        mode: str = "min",       # which of them is best: min or max
+        save_top_k: int = 1,     # how many of the best to keep
+        save_last: bool = True,  # keep the newest too
     ):
-        self.folder, self.config, self.last, self.values, self.made = Path(folder), config, None, {}, []
+        self.folder, self.monitor, self.mode, self.save_top_k, self.save_last = Path(folder), monitor, mode, save_top_k, save_last
+        self.last, self.values, self.made = None, {}, []          # what the index holds
         if (self.folder/INDEX).is_file():
             index = read_index(self.folder)
             self.last, self.made = index["last"], index["made"]
@@ -232,7 +223,7 @@ class Checkpoints:
 
     def ranked(self) -> list[str]:
         "Names of the validated checkpoints, best first; of equals the older."
-        sign = 1 if self.config.mode == "min" else -1
+        sign = 1 if self.mode == "min" else -1
         return sorted(self.values, key=lambda name: (sign*self.values[name], name))
 
     def left(self) -> str:
@@ -258,8 +249,8 @@ class Checkpoints:
                 write(new)
                 write_digests(new)
             if value is not None and math.isfinite(value): self.values[name] = value
-            kept = set(self.ranked()[:self.config.save_top_k])
-            if self.config.save_last or value is None or not kept: kept.add(name)  # without a value it was asked for: by Ctrl-C, or within an epoch
+            kept = set(self.ranked()[:self.save_top_k])
+            if self.save_last or value is None or not kept: kept.add(name)  # without a value it was asked for: by Ctrl-C, or within an epoch
             self.last, self.values = max(kept), {k: v for k, v in self.values.items() if k in kept}
             self.write_index()
             for link, target in (("last", self.last), ("best", self.best)): self.link(link, target)
@@ -270,7 +261,7 @@ class Checkpoints:
 
     def write_index(self) -> None:
         "Bring checkpoints.json up to date."
-        values = dict(last=self.last, best=self.best, monitor=self.config.monitor, mode=self.config.mode, values=self.values, made=self.made)
+        values = dict(last=self.last, best=self.best, monitor=self.monitor, mode=self.mode, values=self.values, made=self.made)
         with write_beside(self.folder/INDEX) as new: new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def clean(self, kept: Optional[set[str]] = None) -> None:
@@ -331,7 +322,7 @@ def load_training_state(
         raise ValueError(f"{path} is damaged, or of another model ({str(e).splitlines()[0] if str(e) else type(e).__name__}): resume from another "
                          f"checkpoint of the run, by its name") from e
     differs = weight_differences({k: v.shape for k, v in ours.items()}, theirs)
-    if differs: raise ValueError(f"{folder} is a checkpoint of another model than the {type(model).__name__} configured. Weights {differs}")
+    if differs: raise ValueError(f"{folder} is a checkpoint of another model than the one configured, a {model.bottleneck.name!r} model. Weights {differs}")
     model.load_state_dict(state["model"])
     return state
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .bottleneck import code_usage, kmeans, perplexity
 from .data import get_dataset, load_images
-from .metrics import color_distance, dl_bits, mse, per_channel_mse, vq_bits
+from .metrics import color_distance, mse, per_channel_mse
+from .rate import nominal_bits
 from .pursuit import normalize_atoms, pursuit
 from .sparse_coding import SparseCode, batch_omp, coefficient_limit, nearest_entry, quantize_coefficients
 
@@ -122,8 +123,8 @@ class Method:
 
     def bits(self, num_embeddings: int) -> int:
         "Bits a pixel at a fixed rate: every slot is paid for, used or not."
-        if self.kind == "vq": return vq_bits(num_embeddings)
-        return dl_bits(num_embeddings, self.sparsity, self.coefficient_bits or 32)
+        if self.kind == "vq": return nominal_bits(num_embeddings)
+        return self.sparsity * (nominal_bits(num_embeddings) + (self.coefficient_bits or 32))
 
     @property
     def coefficients(self) -> str:
@@ -252,9 +253,9 @@ def used_bits(
     num_embeddings: int,         # K
 ) -> float:
     "Mean bits a pixel when empty slots are not sent, only counted."
-    if method.kind == "vq": return float(vq_bits(num_embeddings))
+    if method.kind == "vq": return float(nominal_bits(num_embeddings))
     atoms = (code.indices >= 0).sum(-1).float().mean().item()
-    return atoms * dl_bits(num_embeddings, 1, method.coefficient_bits or 32) + math.ceil(math.log2(method.sparsity + 1))
+    return atoms * (nominal_bits(num_embeddings) + (method.coefficient_bits or 32)) + math.ceil(math.log2(method.sparsity + 1))
 
 # %% ../nbs/14_comparison.ipynb #0053
 def quality_table(

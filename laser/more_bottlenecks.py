@@ -340,7 +340,7 @@ class ResidualVQ(_Chain, Bottleneck):
         rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); 0: all stages, whatever they cost
         stage_dropout: float = 0.0,  # part of the training batches that are coded with fewer stages, drawn anew
         init: str = "kmeans",  # first entries: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float = 0.1,  # an entry used less than this part of its codebook's equal share is revived; 0: never
+        revive_below: float | None = None,  # an entry used less than this part of its codebook's equal share is revived; None: 0.1, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing, dropped stages and the revivals
     ):
         T, D = num_quantizers, min(num_codebooks or num_quantizers, num_quantizers)
@@ -348,6 +348,7 @@ class ResidualVQ(_Chain, Bottleneck):
         if not (0 <= stage_dropout <= 1 and rate_weight >= 0 and 0 < decay < 1):
             raise ValueError("expected stage_dropout from 0 to 1, rate_weight of at least 0 and decay between 0 and 1, "
                              f"got {stage_dropout}, {rate_weight} and {decay}")
+        if revive_below is None: revive_below = 0.01 if rate_weight else 0.1
         super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size, init=init,
                          num_entries=D * num_embeddings, usage_decay=decay, revive_below=revive_below, seed=seed)
         self.num_quantizers, self.num_codebooks, self.depth, self.beam, self.code_shape = T, D, T, beam, (T,)
@@ -480,6 +481,10 @@ class ResidualVQ(_Chain, Bottleneck):
         self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
         self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
         self.expected.masked_fill_(dead, 0)
+        if self.rate_weight:                                    # at the price of its former self a new entry would never be chosen
+            for t, first in enumerate(self._first):
+                uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
+                uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
 
     @torch.no_grad()
     def fit(
@@ -535,7 +540,7 @@ class GainShapeVQ(ResidualVQ):
         beam: int = 1,  # sums kept at each step of the search
         rate_weight: float = 0.0,  # squared error that a bit is worth (lambda), which also sets the step of the gains; 0: bits cost nothing
         init: str = "kmeans",  # first atoms: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float = 0.1,  # an atom used less than this part of its dictionary's equal share is revived; 0: never
+        revive_below: float | None = None,  # an atom used less than this part of its dictionary's equal share is revived; None: 0.1, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if gains_from not in (1, 2): raise ValueError(f"gains_from must be 1 or 2, got {gains_from}")
@@ -555,7 +560,7 @@ class GainShapeVQ(ResidualVQ):
     @property
     def gain_step(self) -> float:
         "Width of a level: 2.3 * sqrt(rate_weight), or an eighth of the signals' root mean square norm where that is 0."
-        return 2.3 * math.sqrt(self.rate_weight) or float(self.signal_energy.sqrt() / 8)
+        return rate.STEP_RATIO * math.sqrt(self.rate_weight) or float(self.signal_energy.sqrt() / 8)
 
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each atom, a bit for the flag behind it, and ceil(log2 (2 * max_level)) for its gain."

@@ -1,4 +1,5 @@
 """Streams: exact, as short as their tables promise, and nothing but an error or an image whatever bytes come in."""
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from laser import codec
 from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_class, bottleneck_options, register
+from laser.context import context_bits, fit_context
 from laser.models import Autoencoder
 from laser.sparse_coding import SparseCode
 
@@ -226,6 +228,56 @@ def test_streams_do_not_depend_on_the_batch(model):
     for size in (1, 2, 3):
         parts = [codec.codes_to_streams(model, pick(codes, i, i + size), (32, 32)) for i in range(0, 6, size)]
         assert sum(parts, []) == together
+
+
+@pytest.fixture(scope="module")
+def with_context(model):
+    """The model with a context model, little trained."""
+    model = copy.deepcopy(model)
+    fit_context(model, images(64, seed=6), steps=30, hidden=16)
+    return model
+
+
+def test_context_model(with_context, model):
+    """Fewer bits, the same codes, within two percent of what the context model promises; damage is noticed as before."""
+    x = images(40, side=64, seed=7)
+    codes = model.encode(x)
+    streams = with_context.compress(x)
+    back, _ = codec.streams_to_codes(with_context, streams)
+    assert same(back, codes)
+    ideal, coded = float(context_bits(with_context, codes).sum()), sum(8 * len(s) for s in streams) - 40 * 8 * codec.HEADER.size
+    assert coded < 1.02 * ideal + 40 * 8
+    assert "another model" in refusal(model.decompress, streams[:1])
+    if any(s[3] & codec.CONTEXT for s in streams): check_mutations(with_context, 40)
+
+
+AGAIN = """
+import sys, torch
+from laser.codec import codes_to_streams, streams_to_codes
+from laser.context import context_bits, fit_context
+from laser.models import Autoencoder
+folder, threads, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+model, codes = Autoencoder.from_pretrained(folder), torch.load(folder + "/codes.pt")
+streams = sum((codes_to_streams(model, part, (64, 64)) for part in codes.split(batch)), [])
+assert all(s[3] == 128 for s in streams) and torch.equal(torch.cat([streams_to_codes(model, [s])[0] for s in streams]), codes)
+sys.stdout.write(b"".join(streams).hex())
+"""
+
+
+def test_context_is_the_same_everywhere(tmp_path):
+    """The bytes do not depend on threads, batch or vector instructions: nothing between codes and bytes is rounded."""
+    torch.manual_seed(0)
+    model = Autoencoder("vq", num_embeddings=32, embedding_dim=8, **NETWORK).train()
+    for seed in range(3): model(images(32, seed=seed))
+    model.eval().fit_tables(images(64, seed=4))
+    fit_context(model, images(64, side=64, seed=5), steps=40, hidden=32)
+    model.save_pretrained(tmp_path)
+    torch.save(model.encode(images(4, side=64, seed=6)), tmp_path / "codes.pt")
+    found = [subprocess.run([sys.executable, "-c", AGAIN, tmp_path, *arguments], capture_output=True, text=True, env=os.environ | env)
+             for arguments, env in ((("1", "4"), {}), (("2", "1"), {}), (("1", "3"), SCALAR))]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[0].stdout == found[1].stdout == found[2].stdout
 
 
 def refusal(function, *args):

@@ -223,11 +223,26 @@ def test_zoo_of_depths_and_transparency(tmp_path):
     row = b"\0" + struct.pack(">6H", 0, 0, 65535, 0, 40000, 0)                             # blue, then some green
     (tmp_path/"colours.png").write_bytes(png(2, 1, 16, 2, row))
     assert [read_rgb(tmp_path/"colours.png").getpixel((i, 0)) for i in (0, 1)] == [(0, 0, 255), (0, 156, 0)]
+    (tmp_path/"colours.png").write_bytes(png(2, 1, 16, 2, row, transparent(0, 40000, 0)))
+    assert [read_rgb(tmp_path/"colours.png").getpixel((i, 0)) for i in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
     palette = Image.new("P", (2, 1)); palette.putpalette([9, 8, 7, 6, 5, 4]); palette.putpixel((1, 0), 1)
     palette.save(tmp_path/"palette.png", transparency=1)
     palette.save(tmp_path/"palette.gif", transparency=1)
     for name in ("palette.png", "palette.gif"):
         assert [read_rgb(tmp_path/name).getpixel((i, 0)) for i in (0, 1)] == [(9, 8, 7), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("notes", ["", "broken resolution", "no notes at all"])
+def test_a_turned_photograph_is_upright_whatever_else_its_notes_say(notes, tmp_path):
+    stored = Image.new("RGB", (64, 32), "white")                                           # turned: white above, black below
+    stored.paste("black", (0, 0, 32, 32))
+    resolution = (-1, 0) if notes == "broken resolution" else (72, 1)
+    exif = (b"Exif\0\0II*\0" + struct.pack("<IHHHIHHHHII", 8, 2, 0x0112, 3, 1, 8, 0, 0x011A, 5, 1, 38) + struct.pack("<Iii", 0, *resolution))
+    if notes == "no notes at all": exif = b"Exif\0\0" + b"\xff"*40
+    stored.save(tmp_path/"a.jpg", exif=exif, quality=95)
+    image = read_rgb(tmp_path/"a.jpg")
+    if notes == "no notes at all": assert image.size == (64, 32) and image.getpixel((60, 16))[0] > 250
+    else: assert image.size == (32, 64) and image.getpixel((16, 4))[0] > 250 and image.getpixel((16, 60))[0] < 5
 
 
 def test_zoo_that_is_refused_by_name(tmp_path):

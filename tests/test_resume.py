@@ -11,17 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from laser.training import find_checkpoint
+from laser.checkpoints import find_checkpoint
 
 RUN = """
 import os, signal, sys
 import torch
-from laser.checkpoints import CheckpointConfig
 from laser.training import *
 folder, model, data, kill_at, resume = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] == "resume"
 sizes = dict(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
 config = Config(
-    model=VQVAEConfig(**sizes) if model == "vqvae" else DLVAEConfig(**sizes, sparsity_level=2),
+    model=model_config(model)(**sizes, **(dict(sparsity_level=2) if model == "dlvae" else {})),
     data=DataConfig(dataset="folder", root=data, image_size=16, batch_size=4, num_workers=2, limit_val=4),
     train=TrainConfig(max_epochs=2, warmup_steps=3, ema_decay=0.9, progress=False, accelerator="cpu", log_every_n_steps=1, pictures=0),
     checkpoint=CheckpointConfig(every_n_steps=3), output_dir=folder)

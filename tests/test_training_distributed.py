@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laser.training import find_checkpoint
+from laser.checkpoints import find_checkpoint
 
 RUN = """
 import sys
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     folder, model, devices = sys.argv[1:4]
     sizes = dict(num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
     config = Config(
-        model=VQVAEConfig(**sizes, revive_below=0.3) if model == "vqvae" else DLVAEConfig(**sizes, sparsity_level=2, revive_below=0.3),
+        model=model_config(model)(**sizes, revive_below=0.3, **(dict(sparsity_level=2) if model == "dlvae" else {})),
         data=DataConfig(dataset="sample", image_size=32, batch_size=8, num_workers=0, limit=48, limit_val=9),
         train=TrainConfig(max_epochs=1, warmup_steps=2, learning_rate=1e-3, progress=False, accelerator="cpu", devices=devices, pictures=0),
         output_dir=folder)
