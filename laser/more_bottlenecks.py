@@ -504,11 +504,14 @@ class ResidualVQ(_Chain, Bottleneck):
     def _solve(self, signals, codes, generator):
         "The entries of least squared error for these codes; those hardly used become badly coded signals."
         (rows, gains), A = self._chosen(codes), self.num_entries
-        normal, right = signals.new_zeros((A + 1) ** 2), signals.new_zeros(A + 1, signals.shape[1])
-        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
-            right.index_add_(0, row, gain[:, None] * signals)
-            for other, weight in zip(rows.unbind(1), gains.unbind(1)): normal.index_add_(0, row * (A + 1) + other, gain * weight)
-        normal, right = normal.view(A + 1, A + 1)[:A, :A], right[:A]
+        normal, right = signals.new_zeros(A * A), signals.new_zeros(A, signals.shape[1])
+        for t in range(self.num_quantizers):
+            used = rows[:, t] < A                                                # then the stages before are used as well
+            row, gain = rows[used], gains[used]
+            right.index_add_(0, row[:, t], gain[:, t, None] * signals[used])
+            for s in range(t + 1):
+                for a, b in {(s, t), (t, s)}: normal.index_add_(0, row[:, a] * A + row[:, b], gain[:, a] * gain[:, b])
+        normal = normal.view(A, A)
         ridge = 1e-3 * normal.diagonal().mean()
         entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device), right + ridge * self.entries)
         few = torch.bincount(rows.flatten(), minlength=A + 1)[:A] < 2
