@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codec import FixedTables, code_length, frequencies, walk
+from .codec import TOGETHER, FixedTables, code_length, frequencies, walk
 
 # %% ../nbs/17_context.ipynb #0007
 SPACING = 8  # of the first pass, in codes
@@ -136,9 +136,9 @@ class ContextModel(nn.Module):
         "All numbers in float64, in which sums of whole numbers below 2**53 are exact."
         return {name: values.cpu().double().numpy() for name, values in self.named_buffers()}
 
-    def tables(self, bottleneck, rate_point: int) -> "ContextTables":
+    def tables(self, bottleneck) -> "ContextTables":
         "A model of the codes, for `laser.codec`."
-        return ContextTables(bottleneck, self, rate_point)
+        return ContextTables(bottleneck, self)
 
 # %% ../nbs/17_context.ipynb #0017
 def _layer(x, weights, bias, shift):
@@ -152,10 +152,9 @@ class ContextTables(FixedTables):
     def __init__(self,
         bottleneck,               # with fitted tables
         context: ContextModel,    # fitted on its codes
-        rate_point: int = 0,      # row of `table_counts`
     ):
-        super().__init__(bottleneck, rate_point)
-        self.numbers, self.point, self.certain = context.arrays(), rate_point, True
+        super().__init__(bottleneck)
+        self.numbers, self.point, self.certain = context.arrays(), bottleneck.rate_point, True
         self.exact, self.length = copy.deepcopy(bottleneck).cpu().double().eval(), code_length(bottleneck)
 
     def passes(self, height: int, width: int) -> list[np.ndarray]:
@@ -170,17 +169,25 @@ class ContextTables(FixedTables):
         if self.new is not None:
             i, j = self.new // width + REACH, self.new % width + REACH
             self.features[i, j, :-1], self.features[i, j, -1] = self.look(values[self.new]), 2**ACTIVATION
-        number, n = self.order[rows[0]], self.numbers
-        i, j = rows // width + REACH, rows % width + REACH
-        x = np.concatenate([self.features[i + a, j + b] for a, b in neighbours(number)], 1) if number else np.zeros((len(rows), n["first"].shape[1]))
+        parts = [self.around(part, self.order[rows[0]], width) for part in np.split(rows, range(TOGETHER, len(rows), TOGETHER))]
+        self.known, self.new = np.concatenate(parts), rows
+
+    def around(self, rows, number, width):
+        "What the neighbours of the codes `rows`, of pass `number`, say: [n, hidden]."
+        n, i, j = self.numbers, rows // width + REACH, rows % width + REACH
+        x = np.zeros((len(rows), n["first"].shape[1]))
+        if number: x = np.concatenate([self.features[i + a, j + b] for a, b in neighbours(number)], 1)
         hidden = _layer(x, n["first"][number], n["first_bias"][number], WEIGHT).clip(0, LIMIT)
-        self.known, self.new = _layer(hidden, n["mid"], n["mid_bias"], WEIGHT), rows
+        return _layer(hidden, n["mid"], n["mid_bias"], WEIGHT)
 
     @torch.no_grad()
     def look(self, values):
         "Symbols [n, T] of complete codes to their features [n, r], and whether rounding was certain."
         values = np.pad(values, ((0, 0), (0, self.length - values.shape[1])))
-        signals = self.exact.decode_signals(self.exact.from_symbols(torch.from_numpy(values)))
+        single = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)                               # some bottlenecks divide integers
+        try: signals = self.exact.decode_signals(self.exact.from_symbols(torch.from_numpy(values)))
+        finally: torch.set_default_dtype(single)
         x = signals.double().numpy() * (float(self.numbers["scale"]) * 2**INPUT) + 0.2718          # no level lies on a border
         margin = 2**14 * torch.finfo(signals.dtype).eps * max(1.0, np.abs(x).max())
         self.certain &= bool((np.abs(x - np.round(x)) > margin).all())
@@ -209,8 +216,9 @@ def fit_context(
     from tqdm import tqdm
     bottleneck = copy.deepcopy(model.bottleneck).cpu().eval()
     bottleneck.rate_point                                                    # an error here says how to fit tables
-    codes = [_values(model, images, weight) for weight in bottleneck.rate_points.tolist()]
-    (h, w), length = codes[0][1], code_length(bottleneck)
+    points = bottleneck.rate_points.tolist()
+    codes = [_values(model, images, weight) for weight in points]
+    bottleneck.rate_weight, (h, w) = points[0], codes[0][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         signals = lambda values: bottleneck.decode_signals(bottleneck.from_symbols(values.flatten(0, 1))).detach().float().view(len(values), h, w, -1)
@@ -218,10 +226,10 @@ def fit_context(
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
         for step in tqdm(range(steps), disable=not progress):
-            values = codes[step % len(codes)][0]
+            bottleneck.rate_weight, values = points[step % len(points)], codes[step % len(points)][0]
             values = values[torch.randint(len(values), (max(1, 4096 // (h * w)),))]
             optimizer.zero_grad()
-            network(bottleneck, signals(values), values, step % len(codes)).mean().backward()
+            network(bottleneck, signals(values), values, step % len(points)).mean().backward()
             optimizer.step(), schedule.step()
     model.context = ContextModel.of_network(network).to(model.bottleneck.table_counts.device)
     return model.context
@@ -251,6 +259,6 @@ def context_bits(
     "What codes cost with the context model. `ValueError` where none was fitted."
     if model.context is None: raise ValueError("the model has no context model: call fit_context(model, images)")
     bottleneck, (B, h, w) = model.bottleneck, model.bottleneck._flat(codes)[1]
-    tables = model.context.tables(bottleneck, bottleneck.rate_point)
+    tables = model.context.tables(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy().reshape(B, h * w, -1)
     return torch.tensor([walk(bottleneck, tables, h, w, lambda rows, t, f: own[rows, t])[1] for own in values], dtype=torch.float64)

@@ -230,6 +230,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         try:
             self.eval()
             for bottleneck.rate_weight in ([own] if rate_weights is None else rate_weights):
+                if bottleneck.table_counts.shape[1] != sum(bottleneck.table_sizes()):      # of another alphabet
+                    bottleneck.rate_points, bottleneck.table_counts = bottleneck.rate_points[:0], bottleneck.table_counts[:0]
                 for _ in range(rounds if bottleneck.rate_weight else 1):
                     bottleneck.fit_tables(sum(bottleneck.count_symbols(self.encode(x)) for x in batches))
         finally:

@@ -260,6 +260,34 @@ def test_a_large_picture_takes_bounded_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB: the picture itself is 200 MB
 
 
+def test_pictures_to_small_files_and_back(tmp_path):
+    torch.manual_seed(0)
+    model = Autoencoder("vq", num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16)
+    model.train()(torch.rand(2, 3, 32, 32))
+    model.fit_tables(torch.rand(4, 3, 32, 32))
+    model.eval().save_pretrained(tmp_path/"saved")
+    noise(tmp_path/"my pics"/"a=$.png", (37, 50)), noise(tmp_path/"my pics"/"b.png", (64, 33), seed=1)
+    result = run("laser_compress", "saved", "my pics", "to=small", cwd=tmp_path)
+    assert result.returncode == 0 and "bits a pixel" in result.stdout, result.stderr
+    result = run("laser_decompress", "saved", "small", "to=back", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path/"back"/"a=$.png").size == (37, 50)
+    from laser.data import load_image
+    back = load_image(tmp_path/"back"/"b.png")
+    assert torch.equal((model.decompress(model.compress(load_image(tmp_path/"my pics"/"b.png")[None]))[0]*255).round(), back*255)
+    before = (tmp_path/"small"/"b.laser").read_bytes()
+    (tmp_path/"small"/"b.laser").write_bytes(before[:-3])
+    for command, words, text in (("laser_decompress", ["saved", "small/b.laser", "to=x"], "b.laser"), ("laser_compress", ["saved", "my pics", "to=small"], "is there already"),
+                                 ("laser_compress", ["saved"], "name a run and a file"), ("laser_decompress", ["saved", "my pics/b.png"], "b.png")):
+        result = run(command, *words, cwd=tmp_path)
+        assert result.returncode == 1 and text in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not list(tmp_path.glob("x/*")) and (tmp_path/"small"/"b.laser").read_bytes() == before[:-3]
+    for i in range(30): noise(tmp_path/"set"/f"{i}.png", (32, 32), seed=i)
+    result = run("laser_encode", "saved", "data=folder", "data.root=set", "data.image_size=32", "split=all", "file=codes.safetensors", cwd=tmp_path)
+    assert result.returncode == 0 and "30 images" in result.stdout, result.stderr
+    assert (tmp_path/"codes.safetensors").is_file()
+
+
 # --- mistakes, help, processes ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command, words, texts", [
@@ -287,7 +315,7 @@ def test_a_checkpoint_of_another_model_is_named(job, tmp_path):
     assert result.returncode == 1 and "bottleneck.codebook" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["compare", "benchmark", "train", "evaluate", "reconstruct"])
+@pytest.mark.parametrize("command", ["compare", "benchmark", "train", "evaluate", "reconstruct", "compress", "decompress", "encode"])
 def test_help_and_configuration(command, tmp_path):
     shown = run(f"laser_{command}", "--help", cwd=tmp_path)
     assert shown.returncode == 0 and f"laser_{command}" in shown.stdout and "output_dir" in shown.stdout, shown.stderr
@@ -334,6 +362,9 @@ def test_saved_models_can_be_evaluated_without_a_run(tmp_path):
     Autoencoder("vq", num_hiddens=8, num_residual_hiddens=4, embedding_dim=8, num_embeddings=16).save_pretrained(tmp_path/"a")
     result = run("laser_evaluate", "a", cwd=tmp_path)
     assert result.returncode == 1 and "choose with data=celeba" in result.stderr
+    for i in range(40): noise(tmp_path/"pics"/f"{i}.png", (32, 32), seed=i)
+    result = run("laser_evaluate", "a", "data=folder", "data.root=pics", "data.image_size=32", cwd=tmp_path)
+    assert result.returncode == 0 and "folder pics" in result.stdout, result.stderr
 
 
 # --- the README ------------------------------------------------------------------------------------------------------

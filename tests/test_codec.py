@@ -29,8 +29,8 @@ class Ragged(Bottleneck):
         self.scale = torch.nn.Parameter(torch.tensor(0.25))
 
     def encode_signals(self, signals):
-        kind = (signals[:, 0].abs() * 4).long() % 5
-        numbers = (signals[:, 1:5] * 50).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
+        kind = (signals[:, 0].abs() * 400).long() % 5
+        numbers = (signals[:, 1:5] * 500).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
         used = torch.arange(4, device=signals.device) < kind[:, None]
         return torch.cat([kind[:, None], torch.where(used, numbers, -1)], 1)
 
@@ -57,6 +57,7 @@ def with_alphabet():
         try: Autoencoder(name, **NETWORK, **options).bottleneck.table_sizes()
         except ValueError: continue
         yield name, options
+        if "coefficient_bits" in options: yield name, options | dict(coefficient_bits=None, rate_weight=1e-3)
 
 
 def images(count, side=32, seed=0):
@@ -65,14 +66,21 @@ def images(count, side=32, seed=0):
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
 
 
-@pytest.fixture(scope="module", params=[*with_alphabet()], ids=lambda p: p[0])
+@pytest.fixture(scope="module", params=[*with_alphabet()], ids=lambda p: p[0] + "-rate" * ("rate_weight" in p[1]))
 def model(request):
     name, options = request.param
     torch.manual_seed(0)
     model = Autoencoder(name, **NETWORK, **options).train()
     for seed in range(3): model(images(32, seed=seed))
+    if "rate_weight" in options: model.bottleneck.rate_weight = energy(model) / 1000
     model.eval().fit_tables(images(100, seed=9))
     return model
+
+
+@torch.no_grad()
+def energy(model):
+    """Mean squared length of a latent."""
+    return float(model.latents(images(8)).square().sum(1).mean())
 
 
 def same(a, b):
@@ -111,7 +119,6 @@ def test_every_size_comes_back(model):
 
 
 def test_saved_model_decodes(model, tmp_path):
-    if model.bottleneck.name == "test_codec": pytest.skip("its options are those of this file")
     streams = model.compress(images(2))
     model.save_pretrained(tmp_path)
     assert torch.equal(Autoencoder.from_pretrained(tmp_path).decompress(streams), model.decompress(streams))
@@ -302,12 +309,26 @@ def test_continuous_coefficients_have_no_stream():
     assert "coefficient_bits" in refusal(Autoencoder("dl", embedding_dim=8, **NETWORK).eval().compress, images(1))
 
 
-def test_rate_weight_is_put_back():
-    model = Autoencoder("vq", num_embeddings=4, embedding_dim=8, **NETWORK).eval()
-    model.fit_tables(images(2))
-    if "rate_weight" not in bottleneck_options("vq"): assert "one rate" in refusal(model.compress, images(1), 0.1)
-    else: model.compress(images(1), 0.1)
-    assert model.bottleneck.rate_weight == 0.0
+def test_one_dial_for_the_rate(model):
+    """Any rate_weight, fitted or not, alone or mixed: a larger one costs fewer bits, and all come back."""
+    x, own = images(6, seed=8), model.bottleneck.rate_weight
+    if "rate_weight" not in bottleneck_options(type(model.bottleneck)):
+        assert "one rate" in refusal(model.compress, x, 0.1)
+        return
+    model = copy.deepcopy(model)
+    weights = [energy(model) * share for share in (1e-4, 1e-3, 1e-2)]
+    if getattr(model.bottleneck, "coefficient_bits", None): assert "fit_tables" in refusal(model.compress, x, weights[0])
+    other = 1.1 * weights[1]
+    model.fit_tables(images(60, seed=9), rate_weights=weights)
+    coded = [model.compress(x, weight) for weight in (*weights, other)]
+    assert sum(map(len, coded[0])) > sum(map(len, coded[2]))
+    assert [streams[0][3] for streams in coded[:3]] == [model.bottleneck.rate_points.tolist().index(w) for w in weights]
+    for streams, weight in zip(coded, (*weights, other)):
+        model.bottleneck.rate_weight = weight
+        expected = model.decode(model.encode(x))
+        model.bottleneck.rate_weight = own
+        assert torch.equal(model.decompress(streams), expected)
+    assert model.decompress([coded[0][0], coded[3][1]]).shape == (2, 3, 32, 32) and model.bottleneck.rate_weight == own
 
 
 def test_resumed_dataset_equals_an_uninterrupted_one(model, tmp_path, monkeypatch):
