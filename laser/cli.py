@@ -849,16 +849,16 @@ five figures and the tables of the pixel-level study, in about a minute.
     sparsity_level: int = option(4, "atoms a pixel, S")
     seed: int = option(0, "of the choice of images and of k-means")
 
-def own_keys(c):
-    "What a study is told by its own keys, for its function."
-    return {f.name: getattr(c, f.name) for f in fields(c) if f.name in type(c).__annotations__ and f.name != "data"}
+def own_keys(c, settings):
+    "What a study is told by the keys of its own, for its function."
+    return {name: getattr(c, name) for name in settings.__annotations__ if name != "data"}
 
 @command(Compare, prepare=lambda line, groups: where_data_lie(line.typed))
 def compare(c: Compare, typed: dict):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
     source, root = (c.data.root, None) if c.data.dataset == "folder" else (c.data.dataset, c.data.root)
-    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c))
+    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c, Compare))
 
 @dataclass
 class Benchmark(Settings):
@@ -885,4 +885,4 @@ def benchmark(c: Benchmark, typed: dict):
     from laser.benchmark import run_benchmark
     if c.data.dataset == "celeba" and c.data.root: os.environ["CELEBA_DIR"] = c.data.root  # for its processes as well
     source = c.data.root if c.data.dataset == "folder" else c.data.dataset
-    run_benchmark(source=source, out=c.output_dir, **own_keys(c))
+    run_benchmark(source=source, out=c.output_dir, **own_keys(c, Benchmark))
