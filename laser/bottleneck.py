@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOTTLENECKS', 'PATIENCE', 'kmeans', 'code_usage', 'perplexity', 'BottleneckOutput', 'straight_through', 'to_patches',
-           'from_patches', 'first_rows', 'Bottleneck', 'register', 'bottleneck_class', 'Option', 'signature_options',
-           'bottleneck_options', 'make_bottleneck', 'smoothed_counts', 'VectorQuantizer', 'coherence',
-           'DictionaryLearning']
+           'from_patches', 'first_rows', 'Bottleneck', 'register', 'bottleneck_names', 'bottleneck_class', 'Option',
+           'signature_options', 'bottleneck_options', 'make_bottleneck', 'smoothed_counts', 'VectorQuantizer',
+           'coherence', 'DictionaryLearning']
 
 # %% ../nbs/03_bottleneck.ipynb #e1f6cb34
 import importlib
@@ -500,12 +500,16 @@ def register(
     return wrap
 
 # %% ../nbs/03_bottleneck.ipynb #b66d7a8b
+def bottleneck_names() -> list[str]:
+    "Every registered name: those of this package, and those of your own that have been registered so far."
+    if importlib.util.find_spec("laser.more_bottlenecks"): importlib.import_module("laser.more_bottlenecks")
+    return list(BOTTLENECKS)
+
 def bottleneck_class(
     name: str,  # registered name
 ) -> type:
     "The class that a name stands for; `ValueError` lists the names there are."
-    if name not in BOTTLENECKS and importlib.util.find_spec("laser.more_bottlenecks"): importlib.import_module("laser.more_bottlenecks")
-    if name not in BOTTLENECKS:
+    if name not in BOTTLENECKS and name not in bottleneck_names():
         raise ValueError(f"there is no bottleneck {name!r}; there are {', '.join(BOTTLENECKS)}. "
                          "One of your own is registered with @register(name) before it is asked for")
     return BOTTLENECKS[name]
