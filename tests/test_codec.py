@@ -110,7 +110,7 @@ def test_coded_bits_are_within_two_percent_of_ideal(model):
     with torch.no_grad(): ideal = float(model.bottleneck.code_bits(model.encode(x)).sum())
     coded = sum(8 * len(stream) for stream in model.compress(x))
     header = 100 * 8 * codec.HEADER.size
-    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < 1.02 * ideal + 100 * 8
+    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < max(1.02 * ideal + 100 * 8, 100 * 40)
 
 
 def test_every_size_comes_back(model):
@@ -256,7 +256,7 @@ def test_context_model(with_context, model):
     back, _ = codec.streams_to_codes(with_context, streams)
     assert same(back, codes)
     ideal, coded = float(context_bits(with_context, codes).sum()), sum(8 * len(s) for s in streams) - 40 * 8 * codec.HEADER.size
-    assert coded < 1.02 * ideal + 40 * 8
+    assert coded < max(1.02 * ideal + 40 * 8, 40 * 40)          # a word of 32 bits is the least
     assert "another model" in refusal(model.decompress, streams[:1])
     if any(s[3] & codec.CONTEXT for s in streams): check_mutations(with_context, 40)
 
