@@ -44,6 +44,7 @@ class Settings:
 # %% ../nbs/15_cli.ipynb #0011
 def group_choices(settings: type) -> dict:
     "What each group of a command can be."
+    import laser.more_bottlenecks  # registers its names
     from laser.bottleneck import BOTTLENECKS
     from laser.models import MODELS
     from laser.training import CheckpointConfig, DataConfig, TrainConfig, WandbConfig, model_config
@@ -193,7 +194,8 @@ def key_lines(node, prefix: str = "") -> list[str]:
     def line(f):
         value = str(default_of(f, node)).replace(" ", "")
         value = {"None": "null", "True": "true", "False": "false"}.get(value, "..." if "${" in value else value)
-        return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}".rstrip()
+        choices = f": {', '.join(f.metadata['choices'])}" if "choices" in f.metadata else ""
+        return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}{choices}".rstrip()
     return [line(f) for f in fields(node) if f.name not in ("type", "dataset") and f.default != "???"]
 
 def help_text(settings: type, groups: dict) -> str:
@@ -457,7 +459,7 @@ def write_results(folder: Path, rows: list[dict], **about) -> Path:
 def rate(model) -> str:
     "Nominal bits per pixel, and whether the coefficients are continuous."
     from laser.training import continuous
-    return f"{model.bits_per_pixel():.3g} bits/pixel" + " (continuous coefficients)"*continuous(model)
+    return f"{model.bits_per_pixel():.3g} bits/pixel" + " (continuous)"*continuous(model)
 def display_name(model):
     "What a model is called in tables and titles: vqvae is VQ-VAE."
     from laser.models import MODELS
@@ -488,7 +490,8 @@ def comparison_figure(test, dataset, models):
     if dataset == "sample": x = as_floats(pixels_of(sample_photograph(SAMPLE_SPLITS["test"][0])))[None]
     else: x = test.batch(range(min(4, len(test))))
     pictures = {name: by_tiles(model, x) for name, model in models.items()}
-    return plot_reconstructions(x, pictures, bits={name: rate(model) for name, model in models.items()})
+    bits = {name: rate(model).replace(" (", "\n(") for name, model in models.items()}
+    return plot_reconstructions(x, pictures, bits=bits)
 
 # %% ../nbs/15_cli.ipynb #0067
 @command(Train, prepare=prepare_training)

@@ -134,6 +134,22 @@ def test_training_both_models_ends_with_table_and_picture(job):
     assert not (folder/"outputs").exists()
 
 
+def test_a_list_of_models_ends_in_one_table_with_bits_on_disk(tmp_path):
+    small = [w for w in SMALL if "limit=16" not in w] + ["data.limit=64"]
+    result = run("laser_train", "model=rvqvae,fsqvae,ae", *small, "output_dir=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(tmp_path/"out"/"results.csv")))
+    assert [r["model"] for r in rows] == ["RVQ-VAE", "FSQ-VAE", "AE"] and (tmp_path/"out"/"reconstructions.png").is_file()
+    for row in rows[:2]:                                                   # a header costs, so a stream is above the ideal
+        assert 0 < float(row["bits_per_pixel_ideal"]) < float(row["bits_per_pixel_coded"]) < float(row["bits_per_pixel_ideal"]) + 0.4
+    assert rows[2]["bits_per_pixel_coded"] == ""                           # continuous: no stream
+    noise(tmp_path/"x.png")
+    result = run("laser_reconstruct", "out", "x.png", "output_dir=rec", cwd=tmp_path)
+    assert result.returncode == 0 and len(list((tmp_path/"rec").glob("x_*_reconstruction.png"))) == 3, result.stderr
+    result = run("laser_compress", "out/rvqvae", "x.png", cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path/"x.laser").is_file(), result.stderr
+
+
 def test_a_finished_job_can_be_resumed_and_given_more_epochs(job):
     folder, _ = job
     before = (folder/"out"/".hydra"/"config.yaml").read_text()
