@@ -6,8 +6,8 @@
 __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'group', 'Settings', 'group_choices', 'keys_of',
            'nearest', 'renamed', 'Line', 'read_words', 'check_keys', 'path_keys', 'make_absolute', 'quoted',
            'overrides', 'default_of', 'key_lines', 'help_text', 'fail', 'check_writable', 'load_plugins', 'read_line',
-           'register', 'as_settings', 'run_command', 'command', 'Train', 'several', 'prepare_training', 'kind_of',
-           'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
+           'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
+           'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
            'minutes_to_train', 'coded_rate', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
            'evaluate', 'Reconstruct', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest', 'sheet_figure',
            'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode', 'one_model',
@@ -283,6 +283,15 @@ def as_settings(cfg, typed, keys):
         setattr(getattr(settings, group) if group else settings, name, None if typed[key] == "null" else typed[key])
     return settings
 
+# %% ../nbs/15_cli.ipynb #5ce30d9f
+def with_recipe(words: list[str]) -> list[str]:
+    "`recipe=NAME` replaced by the settings that it stands for."
+    names = [w.split("=", 1)[1] for w in words if w.startswith("recipe=")]
+    if not names: return words
+    from laser.evidence import RECIPES
+    if names[-1] not in RECIPES: raise ValueError(f"recipe={names[-1]}: there is {', '.join(RECIPES)}")
+    return [*RECIPES[names[-1]], *(w for w in words if not w.startswith("recipe="))]
+
 # %% ../nbs/15_cli.ipynb #0043
 def run_command(name: str, settings: type, job, places: tuple, prepare, words: list[str]) -> int:
     "Read a command line, and run the job the way Hydra does."
@@ -290,6 +299,7 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     try:
         load_plugins(words)
+        words = with_recipe(words)
         groups = group_choices(settings)
         if {"--help", "-h"} & {*words}: print(help_text(settings, groups)); return 0
         line, keys = read_line(settings, groups, words, places, prepare)
@@ -336,6 +346,7 @@ class Train(Settings):
   laser_train model=vqvae data=cifar10
   laser_train model=dlvae data=celeba train.max_epochs=50   CelebA from CELEBA_DIR, or data.root=FOLDER
   laser_train model=vqvae,rvqvae,fsqvae data=folder data.root=my/pictures
+  laser_train recipe=rvq                                    as in the study of rate and distortion
   laser_train plugin=my_module model=mine                   a bottleneck of your own
   laser_train train.resume=outputs/train/DATE_TIME          go on with an interrupted run
   laser_train -m model=dlvae model.sparsity_level=2,4,8 data=celeba
@@ -347,6 +358,7 @@ model.num_embeddings=256 train.max_epochs=10 train.learning_rate=1e-3 train.warm
     train: Any = group("default", "the optimiser, how long, and on what devices")
     wandb: Any = group("default", "Weights & Biases")
     checkpoint: Any = group("default", "what is kept, and which is best")
+    recipe: str = option("", "settings of a recipe by its name (laser.evidence.RECIPES); what is typed besides wins")
     seed: int = option(42, "of everything random")
 
 # %% ../nbs/15_cli.ipynb #0047

@@ -113,7 +113,7 @@ def walk(
     return np.concatenate([np.pad(band, ((0, 0), (0, longest - band.shape[1]))) for band in bands]), bits
 
 # %% ../nbs/11_codec.ipynb #0018
-CODES_PER_BYTE = 64  # a stream has at least one byte for so many codes
+CODES_PER_BYTE = 256  # a stream has at least one byte for so many codes
 
 # %% ../nbs/11_codec.ipynb #0019
 def _close(encoder, codes):
