@@ -493,7 +493,9 @@ def register(
     "Class decorator: register a `Bottleneck` under a name. `ValueError` where another class has it."
     def wrap(cls):
         taken = BOTTLENECKS.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        again = taken is not None and taken.__qualname__ == cls.__qualname__ and ("__main__" in (taken.__module__, cls.__module__)
+                                                                                 or taken.__module__ == cls.__module__)
+        if taken is not None and not again:                # a notebook may define again what it or its module has defined
             raise ValueError(f"the name {name!r} belongs to {taken.__module__}.{taken.__qualname__}; choose another")
         cls.name, BOTTLENECKS[name] = name, cls
         return cls
