@@ -140,7 +140,7 @@ class ProductVQ(Bottleneck):
 
     def encode_signals(self, signals: Tensor) -> Tensor:
         "Signals [N, M] to the index of each group's entry [N, groups]."
-        prices = self.prices()
+        prices = self.prices() if self.rate_weight else [None] * self.num_groups
         return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook, bits, self.rate_weight)
                             for (group, part), bits in zip(self._by_group(signals), prices)], 1)
 
@@ -308,10 +308,10 @@ class _Chain:
     def prices(self) -> tuple[Tensor, Tensor, Tensor]:
         "Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2] in squared error, by the fitted tables or the running ones."
         K, A, T, most = self.num_embeddings, self.num_entries, self.num_quantizers, self.max_level
-        if not self.rate_weight: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
+        if not self.price_of_bits: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
         elif len(self.rate_points) and not self.training: bits = self.symbol_bits()
         else: bits = rate.table_bits(rate.smooth_counts(self._helped(self.symbol_counts / (1 - self.decay))), self._sizes())
-        start, entry, flags, levels = (self.rate_weight * bits).to(self.entries.dtype).split([2, K * T, 2 * A, 2 * most * (A - self._first_atom)])
+        start, entry, flags, levels = (self.price_of_bits * bits).to(self.entries.dtype).split([2, K * T, 2 * A, 2 * most * (A - self._first_atom)])
         level = F.pad(levels.view(A - self._first_atom, 2 * most), (0, 1, self._first_atom, 0))
         level = torch.cat([level[:, :most], level[:, -1:], level[:, most:-1]], 1)
         return entry.view(T, K), level, torch.cat([flags, start]).view(A + 1, 2)
@@ -377,14 +377,27 @@ class ResidualVQ(_Chain, Bottleneck):
     def _search(self, signals, depth, beam):
         "Indices and levels of signals [N, M]."
         signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
-        if beam == 1 and not self.rate_weight and not any(self._gained): return self._nearest(signals, depth)
-        made_of = self.rate_weight, self.gain_step, self.training, *((b.data_ptr(), b._version) for b in (self.entries, self.symbol_counts, self.table_counts))
-        if self.training or torch.compiler.is_compiling() or self._kept is None or self._kept[0] != made_of:
-            with exact_products() if signals.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
-            self._kept = made_of, gram, self.prices()
-        _, gram, prices = self._kept
-        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices,
-                                               self.gain_step, beam, depth, self._whole)
+        if beam == 1 and not self.price_of_bits and not any(self._gained): return self._nearest(signals, depth)
+        if not (self.training or torch.compiler.is_compiling()):                 # a compiled model keeps what its last plain call made
+            made_of = self.rate_weight, self.gain_step, *((b.data_ptr(), b._version) for b in (self.entries, self.symbol_counts, self.table_counts))
+            if self._kept is None or self._kept[0] != made_of: self._kept = made_of, *self._prepare()
+        gram, prices, step = self._kept[1:] if self._kept else self._prepare()
+        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices, step, beam, depth, self._whole)
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
+    @property
+    def price_of_bits(self) -> float:
+        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new encoder are small,
+        and where no bit pays nothing is coded, and nothing is learned."""
+        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2) if self.training else 1.0)
+
+    def _prepare(self):
+        "Gram matrix of the entries, prices, and width of a level."
+        with exact_products() if self.entries.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
+        return gram, self.prices(), self.gain_step
 
     def _nearest(self, signals, depth):
         "The search where bits cost nothing and the beam is one: a lookup a stage."
@@ -396,7 +409,7 @@ class ResidualVQ(_Chain, Bottleneck):
         return indices, torch.zeros_like(indices)
 
     @property
-    def _whole(self): return not self.rate_weight                                # use every stage, if bits cost nothing
+    def _whole(self): return not self.price_of_bits                              # use every stage, if bits cost nothing
 
     def encode_signals(self, signals: Tensor):
         "Signals [N, M] to codes."
@@ -493,8 +506,9 @@ class ResidualVQ(_Chain, Bottleneck):
         iterations: int = 8,  # of coding, solving and counting
     ) -> None:
         "Entries and tables for given signals, without averages: for patches of images, or latents of a trained network."
-        if not self._state()[0]: self.initialize(signals), self._placed()
         self.train()
+        if not self._state()[0]: self.initialize(signals)
+        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))    # bits have their full price
         for i in range(iterations + 1):
             codes = self._codes(*self._search(signals, self.num_quantizers, self.beam))
             self.symbol_counts.copy_(self.count_symbols(codes) * (1 - self.decay))
@@ -562,8 +576,8 @@ class GainShapeVQ(ResidualVQ):
     def _whole(self): return False
     @property
     def gain_step(self) -> float:
-        "Width of a level: 2.3 * sqrt(rate_weight), or an eighth of the signals' root mean square norm where that is 0."
-        return rate.STEP_RATIO * math.sqrt(self.rate_weight) or float(self.signal_energy.sqrt() / 8)
+        "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm where that is 0."
+        return rate.STEP_RATIO * math.sqrt(self.price_of_bits) or float(self.signal_energy.sqrt() / 8)
 
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each atom, a bit for the flag behind it, and ceil(log2 (2 * max_level)) for its gain."
