@@ -6,12 +6,12 @@
 __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'group', 'Settings', 'group_choices', 'keys_of',
            'nearest', 'renamed', 'Line', 'read_words', 'check_keys', 'path_keys', 'make_absolute', 'quoted',
            'overrides', 'default_of', 'key_lines', 'help_text', 'fail', 'check_writable', 'load_plugins', 'read_line',
-           'register', 'as_settings', 'run_command', 'command', 'Train', 'several', 'prepare_training', 'kind_of',
-           'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name', 'pick_device',
-           'minutes_to_train', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of', 'evaluate',
-           'Reconstruct', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest', 'sheet_figure', 'thumbnail',
-           'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode', 'one_model', 'report',
-           'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark', 'benchmark']
+           'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
+           'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
+           'minutes_to_train', 'coded_rate', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
+           'evaluate', 'Reconstruct', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest', 'sheet_figure',
+           'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode', 'one_model',
+           'report', 'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark', 'benchmark']
 
 # %% ../nbs/15_cli.ipynb #0003
 import difflib, json, math, os, re, sys, tempfile, warnings
@@ -44,6 +44,7 @@ class Settings:
 # %% ../nbs/15_cli.ipynb #0011
 def group_choices(settings: type) -> dict:
     "What each group of a command can be."
+    import laser.more_bottlenecks  # registers its names
     from laser.bottleneck import BOTTLENECKS
     from laser.models import MODELS
     from laser.training import CheckpointConfig, DataConfig, TrainConfig, WandbConfig, model_config
@@ -193,7 +194,8 @@ def key_lines(node, prefix: str = "") -> list[str]:
     def line(f):
         value = str(default_of(f, node)).replace(" ", "")
         value = {"None": "null", "True": "true", "False": "false"}.get(value, "..." if "${" in value else value)
-        return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}".rstrip()
+        choices = f": {', '.join(f.metadata['choices'])}" if "choices" in f.metadata else ""
+        return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}{choices}".rstrip()
     return [line(f) for f in fields(node) if f.name not in ("type", "dataset") and f.default != "???"]
 
 def help_text(settings: type, groups: dict) -> str:
@@ -281,6 +283,15 @@ def as_settings(cfg, typed, keys):
         setattr(getattr(settings, group) if group else settings, name, None if typed[key] == "null" else typed[key])
     return settings
 
+# %% ../nbs/15_cli.ipynb #5ce30d9f
+def with_recipe(words: list[str]) -> list[str]:
+    "`recipe=NAME` replaced by the settings that it stands for."
+    names = [w.split("=", 1)[1] for w in words if w.startswith("recipe=")]
+    if not names: return words
+    from laser.evidence import RECIPES
+    if names[-1] not in RECIPES: raise ValueError(f"recipe={names[-1]}: there is {', '.join(RECIPES)}")
+    return [*RECIPES[names[-1]], *(w for w in words if not w.startswith("recipe="))]
+
 # %% ../nbs/15_cli.ipynb #0043
 def run_command(name: str, settings: type, job, places: tuple, prepare, words: list[str]) -> int:
     "Read a command line, and run the job the way Hydra does."
@@ -288,6 +299,7 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     try:
         load_plugins(words)
+        words = with_recipe(words)
         groups = group_choices(settings)
         if {"--help", "-h"} & {*words}: print(help_text(settings, groups)); return 0
         line, keys = read_line(settings, groups, words, places, prepare)
@@ -334,6 +346,7 @@ class Train(Settings):
   laser_train model=vqvae data=cifar10
   laser_train model=dlvae data=celeba train.max_epochs=50   CelebA from CELEBA_DIR, or data.root=FOLDER
   laser_train model=vqvae,rvqvae,fsqvae data=folder data.root=my/pictures
+  laser_train recipe=rvq                                    as in the study of rate and distortion
   laser_train plugin=my_module model=mine                   a bottleneck of your own
   laser_train train.resume=outputs/train/DATE_TIME          go on with an interrupted run
   laser_train -m model=dlvae model.sparsity_level=2,4,8 data=celeba
@@ -345,6 +358,7 @@ model.num_embeddings=256 train.max_epochs=10 train.learning_rate=1e-3 train.warm
     train: Any = group("default", "the optimiser, how long, and on what devices")
     wandb: Any = group("default", "Weights & Biases")
     checkpoint: Any = group("default", "what is kept, and which is best")
+    recipe: str = option("", "settings of a recipe by its name (laser.evidence.RECIPES); what is typed besides wins")
     seed: int = option(42, "of everything random")
 
 # %% ../nbs/15_cli.ipynb #0047
@@ -457,34 +471,29 @@ def write_results(folder: Path, rows: list[dict], **about) -> Path:
 def rate(model) -> str:
     "Nominal bits per pixel, and whether the coefficients are continuous."
     from laser.training import continuous
-    return f"{model.bits_per_pixel():.3g} bits/pixel" + " (continuous coefficients)"*continuous(model)
+    return f"{model.bits_per_pixel():.3g} bits/pixel" + " (continuous)"*continuous(model)
 def display_name(model):
     "What a model is called in tables and titles: vqvae is VQ-VAE."
     from laser.models import MODELS
     name = {bottleneck: name for name, bottleneck in MODELS.items()}.get(model.bottleneck.name)
     return re.sub(r"^(\w+)VAE$", r"\1-VAE", name.upper()) if name else model.bottleneck.name
 
-# %% ../nbs/15_cli.ipynb #0064
-def pick_device(accelerator: str):
-    "The device that a name means; `auto` is CUDA or the CPU, since an Apple GPU lacks the float64 of some parts."
-    import torch
-    there = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    name = accelerator if accelerator != "gpu" else "cuda" if there["cuda"] else "mps"
-    if not there.get(name):
-        here = ", ".join(name for name in there if there[name])
-        raise ValueError(f"accelerator={accelerator} is not here; choose one of {here}")
-    return torch.device(name if name != "auto" else "cuda" if there["cuda"] else "cpu")
-
-# %% ../nbs/15_cli.ipynb #0067
+# %% ../nbs/15_cli.ipynb #0065
 def minutes_to_train(runs, images):
     "Rough minutes for runs that start, or None: one warm and two timed steps of each model."
-    from laser.training import training_speed
+    from laser.training import pick_accelerator, training_speed
     if any(checkpoint for _, checkpoint in runs): return None
     configs = [config for config, _ in runs]
     batch = images.batch(range(min(configs[0].data.batch_size, len(images))))
-    batch = batch.to(pick_device(configs[0].train.accelerator))
+    batch = batch.to(pick_accelerator(configs[0].train.accelerator))
     speed = training_speed({i: config.model for i, config in enumerate(configs)}, batch, rounds=2, warmup=1)
     return sum(config.train.max_epochs*len(images)/speed[i] for i, config in enumerate(configs))/60
+
+def coded_rate(model, images):
+    "Bits a pixel that up to 64 images take on disk, headers and all; nothing for a model that cannot write streams."
+    x = images.batch(range(min(64, len(images)))).to(next(model.parameters()).device)
+    try: return dict(bits_per_pixel_coded=8*sum(map(len, model.compress(x)))/(len(x)*x[0, 0].numel()))
+    except ValueError: return {}
 
 def comparison_figure(test, dataset, models):
     "Whole photographs of the test images, and for each model (name -> model) reconstruction, error and bits."
@@ -493,9 +502,10 @@ def comparison_figure(test, dataset, models):
     if dataset == "sample": x = as_floats(pixels_of(sample_photograph(SAMPLE_SPLITS["test"][0])))[None]
     else: x = test.batch(range(min(4, len(test))))
     pictures = {name: by_tiles(model, x) for name, model in models.items()}
-    return plot_reconstructions(x, pictures, bits={name: rate(model) for name, model in models.items()})
+    bits = {name: rate(model).replace(" (", "\n(") for name, model in models.items()}
+    return plot_reconstructions(x, pictures, bits=bits)
 
-# %% ../nbs/15_cli.ipynb #0069
+# %% ../nbs/15_cli.ipynb #0067
 @command(Train, prepare=prepare_training)
 def train(c: Train, typed: dict):
     "What `laser_train` does."
@@ -506,7 +516,6 @@ def train(c: Train, typed: dict):
     folder, runs = plan_runs(c, typed)
     first = runs[0][0]
     for config, _ in runs: check_config(config)
-    pick_device(first.train.accelerator)
     *datasets, test = make_datasets(first.data, "train", "val", "test", seed=first.seed)  # before anything is written
     fabric = make_fabric(first.train)
     if HydraConfig.get().mode.name == "MULTIRUN" and fabric.world_size > 1:
@@ -530,6 +539,7 @@ def train(c: Train, typed: dict):
                              rank=fabric.global_rank, world_size=fabric.world_size)
     rows = [row for name, model in models.items() for row in evaluation_rows(name, model, loader, fabric.device)]
     if not fabric.is_global_zero: return 0
+    for name, model in models.items(): next(r for r in rows if r["model"] == name).update(coded_rate(model, test))
     size = f"{first.data.image_size}x{first.data.image_size}"
     print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
           f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
@@ -540,7 +550,7 @@ def train(c: Train, typed: dict):
     comparison_figure(test, first.data.dataset, models).savefig(folder/"reconstructions.png", dpi=110)
     print(f"Reconstructions: {folder/'reconstructions.png'}")
 
-# %% ../nbs/15_cli.ipynb #0071
+# %% ../nbs/15_cli.ipynb #0069
 @dataclass
 class Evaluate(Settings):
     """laser_evaluate prints one table for several checkpoints, and writes it as JSON and CSV.
@@ -570,7 +580,7 @@ def find_models(places: list[str]) -> list[Path]:
         found += [find_checkpoint(part, "best") for part in parts or [place]]
     return found
 
-# %% ../nbs/15_cli.ipynb #0073
+# %% ../nbs/15_cli.ipynb #0071
 def data_of(checkpoint: Path, given, typed: dict):
     "The image set to use: the one given, or the one a checkpoint was trained on with what was typed."
     from laser.training import stored_config
@@ -584,7 +594,7 @@ def data_of(checkpoint: Path, given, typed: dict):
         raise FileNotFoundError(f"there is no folder {given.root}; give another with data.root=FOLDER")
     return given
 
-# %% ../nbs/15_cli.ipynb #0076
+# %% ../nbs/15_cli.ipynb #0074
 @command(Evaluate, ("checkpoints",))
 def evaluate(c: Evaluate, typed: dict):
     "What `laser_evaluate` does."
@@ -592,9 +602,9 @@ def evaluate(c: Evaluate, typed: dict):
     from laser.data import get_dataset, worker_count
     from laser.metrics import load_fid, load_lpips
     from laser.models import load_pretrained, read_config
-    from laser.training import evaluation_rows, format_table
+    from laser.training import evaluation_rows, format_table, pick_accelerator
     if not c.checkpoints: raise ValueError("name at least one checkpoint: laser_evaluate outputs/train/DATE_TIME")
-    device, folders = pick_device(c.accelerator), find_models(c.checkpoints)
+    device, folders = pick_accelerator(c.accelerator), find_models(c.checkpoints)
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], c.data, typed)
     images = get_dataset(data.dataset, c.split, data.root, data.image_size, c.limit, c.seed)
@@ -614,7 +624,7 @@ def evaluate(c: Evaluate, typed: dict):
                           model_configurations=[read_config(folder) for folder in folders])
     print(f"\nWritten to {table} and results.json")
 
-# %% ../nbs/15_cli.ipynb #0078
+# %% ../nbs/15_cli.ipynb #0076
 @dataclass
 class Reconstruct(Settings):
     """laser_reconstruct sends pictures through trained models: reconstructions, error maps, and a sheet of both.
@@ -629,7 +639,7 @@ class Reconstruct(Settings):
     coefficient_bits: Optional[int] = option(None, "round continuous coefficients to so many bits")
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
 
-# %% ../nbs/15_cli.ipynb #0080
+# %% ../nbs/15_cli.ipynb #0078
 def margin(model) -> int | None:
     "How far a pixel of the reconstruction looks."
     from torch import nn
@@ -663,7 +673,7 @@ def by_tiles(
             y[..., top:top + tile, left:left + tile] = part[..., top - t:top - t + tile, left - l:left - l + tile]
     return y[..., :h, :w]
 
-# %% ../nbs/15_cli.ipynb #0083
+# %% ../nbs/15_cli.ipynb #0081
 def output_names(files: list[Path]) -> list[str]:
     "Names for the outputs: the file's stem, with its folder or a number where that is not enough."
     def short(name): return name if len(os.fsencode(name)) <= 150 else os.fsencode(name)[:150].decode(errors="ignore")
@@ -671,19 +681,19 @@ def output_names(files: list[Path]) -> list[str]:
         if len({name.casefold() for name in names}) == len(names): return names
     return [short(f"{i:04d}_{f.stem}") for i, f in enumerate(files)]
 
-# %% ../nbs/15_cli.ipynb #0085
+# %% ../nbs/15_cli.ipynb #0083
 def shown(name: str) -> str:
     "A name in a title: printable, short, and no mathematics."
     name = "".join(c if c.isprintable() else "?" for c in name)
     return (name if len(name) <= 40 else name[:39] + "…").replace("$", r"\$")
 
-# %% ../nbs/15_cli.ipynb #0088
+# %% ../nbs/15_cli.ipynb #0086
 def brightest(m):
     "The error [H, W] that 0.5 % of the pixels exceed."
     import numpy as np
     return max(float(np.quantile(m.numpy(), 0.995)), 1e-12)
 
-# %% ../nbs/15_cli.ipynb #0090
+# %% ../nbs/15_cli.ipynb #0088
 def sheet_figure(rows):
     "One row a picture: name, original, and by model (dictionaries) reconstruction, error map and MSE."
     from laser.plots import get_grid, show_image
@@ -698,14 +708,14 @@ def sheet_figure(rows):
     figure.colorbar(last, ax=list(axes.flat), fraction=0.02, extend="max", label="squared error, mean over RGB")
     return figure
 
-# %% ../nbs/15_cli.ipynb #0092
+# %% ../nbs/15_cli.ipynb #0090
 def thumbnail(x):
     "A picture [3, H, W] or a map [H, W], for the sheet."
     from torch.nn.functional import interpolate
     small = min(1, 512/max(x.shape[-2:]))
     return interpolate(x.reshape(1, -1, *x.shape[-2:]), scale_factor=small, mode="area")[0].squeeze(0)
 
-# %% ../nbs/15_cli.ipynb #0095
+# %% ../nbs/15_cli.ipynb #0093
 SHEET_ROWS = 16
 
 @command(Reconstruct, ("checkpoint", "images"))
@@ -717,8 +727,9 @@ def reconstruct(c: Reconstruct, typed: dict):
     from laser.checkpoints import files_into
     from laser.data import image_files, load_image
     from laser.models import load_pretrained
+    from laser.training import pick_accelerator
     if not c.checkpoint or not c.images: raise ValueError("name a run and at least one picture; --help shows how")
-    device, folders = pick_device(c.accelerator), find_models([c.checkpoint])
+    device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint])
     models = {display_name(model): model.to(device).eval() for model in map(load_pretrained, folders)}
     if c.coefficient_bits is not None:
         can = [m.bottleneck for m in models.values() if hasattr(m.bottleneck, "coefficient_bits")]
@@ -758,7 +769,7 @@ def trained_size(folder: Path) -> int:
     path = Path(folder)/"run.json"
     return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
 
-# %% ../nbs/15_cli.ipynb #0098
+# %% ../nbs/15_cli.ipynb #0096
 @dataclass
 class OneModel(Settings):
     checkpoint: str = option("", "a run of one model (its best is taken), a checkpoint or a saved model", path=True)
@@ -795,8 +806,9 @@ class Encode(OneModel):
 def one_model(c):
     "The model of a command that works with one."
     from laser.models import load_pretrained
+    from laser.training import pick_accelerator
     if not c.checkpoint or getattr(c, "files", None) == []: raise ValueError("name a run and a file; --help shows how")
-    device, folders = pick_device(c.accelerator), find_models([c.checkpoint])
+    device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint])
     if len(folders) > 1:
         names = ", ".join(str(f.parents[1]) for f in folders)
         raise ValueError(f"{c.checkpoint} holds several models; name one: {names}")
@@ -834,7 +846,7 @@ def encode(c: Encode, typed: dict):
     print(f"{images.label}: {len(images):,} images of {data.image_size}x{data.image_size} to {file}", flush=True)
     print(encode_dataset(model, images, file, data.batch_size, c.rate_weight, progress=True))
 
-# %% ../nbs/15_cli.ipynb #0100
+# %% ../nbs/15_cli.ipynb #0098
 @dataclass
 class Compare(Settings):
     """laser_compare codes the pixels of a few images with 16 entries, once as a codebook and once as a dictionary:
@@ -849,16 +861,16 @@ five figures and the tables of the pixel-level study, in about a minute.
     sparsity_level: int = option(4, "atoms a pixel, S")
     seed: int = option(0, "of the choice of images and of k-means")
 
-def own_keys(c):
-    "What a study is told by its own keys, for its function."
-    return {f.name: getattr(c, f.name) for f in fields(c) if f.name in type(c).__annotations__ and f.name != "data"}
+def own_keys(c, settings):
+    "What a study is told by the keys of its own, for its function."
+    return {name: getattr(c, name) for name in settings.__annotations__ if name != "data"}
 
 @command(Compare, prepare=lambda line, groups: where_data_lie(line.typed))
 def compare(c: Compare, typed: dict):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
     source, root = (c.data.root, None) if c.data.dataset == "folder" else (c.data.dataset, c.data.root)
-    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c))
+    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c, Compare))
 
 @dataclass
 class Benchmark(Settings):
@@ -885,4 +897,4 @@ def benchmark(c: Benchmark, typed: dict):
     from laser.benchmark import run_benchmark
     if c.data.dataset == "celeba" and c.data.root: os.environ["CELEBA_DIR"] = c.data.root  # for its processes as well
     source = c.data.root if c.data.dataset == "folder" else c.data.dataset
-    run_benchmark(source=source, out=c.output_dir, **own_keys(c))
+    run_benchmark(source=source, out=c.output_dir, **own_keys(c, Benchmark))

@@ -113,7 +113,7 @@ def walk(
     return np.concatenate([np.pad(band, ((0, 0), (0, longest - band.shape[1]))) for band in bands]), bits
 
 # %% ../nbs/11_codec.ipynb #0018
-CODES_PER_BYTE = 64  # a stream has at least one byte for so many codes
+CODES_PER_BYTE = 256  # a stream has at least one byte for so many codes
 
 # %% ../nbs/11_codec.ipynb #0019
 def _close(encoder, codes):
@@ -405,13 +405,14 @@ def compress_files(
 ) -> list[Written]:
     "Write a stream for every image, in its whole size. `OSError` names an image that cannot be read."
     from tqdm import tqdm
+    from laser.checkpoints import write_beside
     from laser.data import image_files, load_image
     written = []
     for source, target in tqdm(_plan(sources, image_files, output, SUFFIX, overwrite), disable=not progress, unit="image"):
         image = load_image(source).to(model.bottleneck.table_counts.device)
         [stream] = compress(model, image[None], rate_weight)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(stream)
+        with write_beside(target) as new: new.write_bytes(stream)          # whole, or not there
         written.append(Written(source, target, len(stream), *image.shape[1:]))
     return written
 
@@ -426,13 +427,15 @@ def decompress_files(
     "Write a PNG for every stream. `ValueError` names a file that is damaged, foreign or another model's."
     from PIL import Image
     from tqdm import tqdm
+    from laser.checkpoints import write_beside
     written = []
     for source, target in tqdm(_plan(sources, _streams_in, output, ".png", overwrite), disable=not progress, unit="image"):
         stream = source.read_bytes()
         try: [image] = decompress(model, [stream])
         except ValueError as error: raise ValueError(f"{source}: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(target)
+        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        with write_beside(target) as new: picture.save(new, format="png")
         written.append(Written(source, target, len(stream), *image.shape[1:]))
     return written
 

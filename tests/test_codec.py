@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from laser import codec
-from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_class, bottleneck_options, register
+from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_options, register
 from laser.context import context_bits, fit_context
 from laser.models import Autoencoder
 from laser.sparse_coding import SparseCode
+
+try: import laser.more_bottlenecks  # noqa: F401  registers them
+except ImportError: pass
 
 NETWORK = dict(num_hiddens=16, num_residual_hiddens=8, num_residual_blocks=1, downsampling_factor=4)
 
@@ -29,8 +32,8 @@ class Ragged(Bottleneck):
         self.scale = torch.nn.Parameter(torch.tensor(0.25))
 
     def encode_signals(self, signals):
-        kind = (signals[:, 0].abs() * 400).long() % 5
-        numbers = (signals[:, 1:5] * 500).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
+        kind = (signals[:, 0].abs() * 15).long() % 5
+        numbers = (signals[:, 1:5] * 15).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
         used = torch.arange(4, device=signals.device) < kind[:, None]
         return torch.cat([kind[:, None], torch.where(used, numbers, -1)], 1)
 
@@ -50,7 +53,6 @@ class Ragged(Bottleneck):
 
 def with_alphabet():
     """Every registered bottleneck that can be coded, and the options that make it so."""
-    bottleneck_class("vq")
     for name in BOTTLENECKS:
         options = {key: value for key, value in dict(num_embeddings=16, embedding_dim=8, coefficient_bits=5).items()
                    if key in bottleneck_options(name)}
@@ -71,6 +73,7 @@ def model(request):
     name, options = request.param
     torch.manual_seed(0)
     model = Autoencoder(name, **NETWORK, **options).train()
+    with torch.no_grad(): model.pre_bottleneck.weight.mul_(30)       # latents that differ, without training
     for seed in range(3): model(images(32, seed=seed))
     if "rate_weight" in options: model.bottleneck.rate_weight = energy(model) / 1000
     model.eval().fit_tables(images(100, seed=9))
@@ -107,7 +110,7 @@ def test_coded_bits_are_within_two_percent_of_ideal(model):
     with torch.no_grad(): ideal = float(model.bottleneck.code_bits(model.encode(x)).sum())
     coded = sum(8 * len(stream) for stream in model.compress(x))
     header = 100 * 8 * codec.HEADER.size
-    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < 1.02 * ideal + 100 * 8
+    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < max(1.02 * ideal + 100 * 8, 100 * 40)
 
 
 def test_every_size_comes_back(model):
@@ -253,7 +256,7 @@ def test_context_model(with_context, model):
     back, _ = codec.streams_to_codes(with_context, streams)
     assert same(back, codes)
     ideal, coded = float(context_bits(with_context, codes).sum()), sum(8 * len(s) for s in streams) - 40 * 8 * codec.HEADER.size
-    assert coded < 1.02 * ideal + 40 * 8
+    assert coded < max(1.02 * ideal + 40 * 8, 40 * 40)          # a word of 32 bits is the least
     assert "another model" in refusal(model.decompress, streams[:1])
     if any(s[3] & codec.CONTEXT for s in streams): check_mutations(with_context, 40)
 
