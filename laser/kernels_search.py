@@ -14,8 +14,8 @@ from torch import Tensor
 from .kernels_cpu import _options, _product, _run
 
 # %% ../nbs/34_kernels_search.ipynb #43496a6e
-_jit = njit(**_options | {"fastmath": _options["fastmath"] | {"nnan"},                # or the minimum of a row is not vectorised
-                          "cache": _options["cache"] and "__file__" in globals()})    # a notebook's cell has no file to cache beside
+_jit = njit(**_options | {"fastmath": _options["fastmath"] | {"nnan"},               # or the least of a row is not vectorised
+                          "cache": _options["cache"] and "__file__" in globals()})   # a notebook's cell has no file
 
 # %% ../nbs/34_kernels_search.ipynb #f71cd796
 @_jit
@@ -104,7 +104,8 @@ def _requantize(t, products, gram, gained, support, level, gain, along, level_pr
 
 # %% ../nbs/34_kernels_search.ipynb #776e232e
 @_jit
-def _search_rows(products, gram, first, gained, entry_price, level_price, go_price, step, beam, depth, whole, indices, levels, lo, hi):
+def _search_rows(products, gram, first, gained, entry_price, level_price, go_price, step, beam, depth, whole,
+                 indices, levels, lo, hi):
     (T, K), A, dtype = entry_price.shape, len(gram), products.dtype
     c, bound = np.empty(K, dtype), np.empty(K, dtype)
     support, new_support = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
@@ -125,16 +126,19 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
                 c[:] = products[n, f:f + K]
                 for s in range(t): _subtract(c, gain[b, s], gram[support[b, s], f:f + K])
                 base = cost[b] + go_price[support[b, t - 1] if t else A, 0]
-                _expand(c, bound, base, gained[t], entry_price[t], level_price[f:f + K], step, b, costs, parents, picks, steps)
+                _expand(c, bound, base, gained[t], entry_price[t], level_price[f:f + K], step, b,
+                        costs, parents, picks, steps)
             live = 0
             for i in range(beam):
                 if costs[i] == np.inf: break
                 b, a = parents[i], f + picks[i]
                 for s in range(t):
-                    new_support[i, s], new_level[i, s], new_gain[i, s], new_along[i, s] = support[b, s], level[b, s], gain[b, s], along[b, s]
+                    new_support[i, s], new_level[i, s] = support[b, s], level[b, s]
+                    new_gain[i, s], new_along[i, s] = gain[b, s], along[b, s]
                 new_support[i, t], new_level[i, t], new_gain[i, t] = a, steps[i], steps[i] * step if gained[t] else 1
                 cost[i] = costs[i]
-                if gains: cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i], new_along[i], level_price, step)
+                if gains: cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i],
+                                                 new_along[i], level_price, step)
                 live += 1
                 closed = cost[i] + (go_price[a, 1] if t + 1 < T else 0)
                 if closed < best and (t + 1 == depth or not whole):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import rate
-from .bottleneck import Bottleneck, VectorQuantizer, PATIENCE, _over_processes, _rows_at, _spread, first_rows, register
+from .bottleneck import PATIENCE, Bottleneck, VectorQuantizer, _over_processes, _rows_at, _spread, first_rows, register
 from .sparse_coding import SparseCode, exact_products, nearest_entry, no_autocast, register_operator
 
 # %% ../nbs/04_more_bottlenecks.ipynb #0eb9202d
@@ -32,12 +32,12 @@ class NoBottleneck(Bottleneck):
     def decode_signals(self, codes: Tensor) -> Tensor: return codes
     def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals.new_zeros(())
-    def code_entries(self, codes: Tensor) -> Tensor: return torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    def code_entries(self, codes: Tensor) -> Tensor: return codes.new_zeros(len(codes), dtype=torch.int64)
     def bits_per_code(self) -> int: return 32 * self.embedding_dim
 
     def table_sizes(self) -> list[int]:
-        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or written to a "
-                         "file: choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
+        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or written "
+                         "to a file: choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
 
 # %% ../nbs/04_more_bottlenecks.ipynb #28d694c6
 def rotated(
@@ -97,7 +97,8 @@ class FSQ(Bottleneck):
 
         try: sizes = [int(size) for size in levels.split("x")]
         except ValueError: sizes = [0]
-        if min(sizes) < 3: raise ValueError(f"levels must be whole numbers of at least 3 joined by x, as in '8x5x5x5', got {levels!r}")
+        if min(sizes) < 3:
+            raise ValueError(f"levels must be whole numbers of at least 3 joined by x, as in '8x5x5x5', got {levels!r}")
         super().__init__(math.prod(sizes), embedding_dim, patch_size=patch_size)
         self.levels, self.rounding = levels, Rounding(sizes, dim=self.signal_dim)
 
@@ -140,12 +141,12 @@ class ProductVQ(Bottleneck):
 
     def encode_signals(self, signals: Tensor) -> Tensor:
         "Signals [N, M] to the index of each group's entry [N, groups]."
-        prices = self.prices()
+        prices = self.prices() if self.rate_weight else [None] * self.num_groups
         return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook, bits, self.rate_weight)
                             for (group, part), bits in zip(self._by_group(signals), prices)], 1)
 
     def prices(self) -> Tensor:
-        "[groups, K] bits of each entry: by the fitted tables, or by the running usage where there are none or in training."
+        "[groups, K] bits of each entry: by the fitted tables; by the running usage in training and before."
         if len(self.rate_points) and not self.training: return self.symbol_bits().view(self.num_groups, -1)
         uses = rate.smooth_counts(self.ema_counts / (1 - self.decay))
         return rate.table_bits(uses, self.table_sizes()).view(self.num_groups, -1)
@@ -202,7 +203,8 @@ def residual_search(
     for t in range(depth):
         f, own = first[t], torch.arange(first[t], first[t] + K, device=signals.device)
         c = residual @ entries[f:f + K].T                                               # [N, B, K]
-        level, more = best_levels(c, own, level_price, step) if gained[t] else (torch.zeros_like(c).long(), squares[f:f + K] - 2 * c)
+        if gained[t]: level, more = best_levels(c, own, level_price, step)
+        else: level, more = torch.zeros_like(c).long(), squares[f:f + K] - 2 * c
         costs = (cost + go_price[last, 0])[..., None] + entry_price[t] + more           # [N, B, K]
         cost, pick = costs.flatten(1).topk(min(beam, costs.shape[1] * K), largest=False)  # [N, B]
         parent = (pick // K)[..., None]
@@ -230,8 +232,9 @@ def residual_search(
     return torch.where(indices >= 0, indices - start, -1), levels
 
 # %% ../nbs/04_more_bottlenecks.ipynb #50aade28
-def _residual_search(signals: Tensor, entries: Tensor, gram: Tensor, first: list[int], gained: list[bool], entry_price: Tensor,
-                     level_price: Tensor, go_price: Tensor, step: float, beam: int, depth: int, whole: bool) -> tuple[Tensor, Tensor]:
+def _residual_search(signals: Tensor, entries: Tensor, gram: Tensor, first: list[int], gained: list[bool],
+                     entry_price: Tensor, level_price: Tensor, go_price: Tensor, step: float,
+                     beam: int, depth: int, whole: bool) -> tuple[Tensor, Tensor]:
     prices = [price.to(signals.dtype) for price in (entry_price, level_price, go_price)]
     options = (first, gained, *prices, step, beam, depth, whole)
     if signals.device.type == "cpu":
@@ -239,7 +242,7 @@ def _residual_search(signals: Tensor, entries: Tensor, gram: Tensor, first: list
         return search_numba(signals, entries, gram, *options)
     rows = max(256, 2**24 // (beam * entry_price.shape[1]))
     with no_autocast(signals.device.type), exact_products():
-        parts = [residual_search(part, entries, *options) for part in signals.split(rows)] or [signals.new_zeros(2, 0, len(first)).long()]
+        parts = [residual_search(part, entries, *options) for part in signals.split(rows)]     # an empty batch is one part
     return tuple(torch.cat(part) for part in zip(*parts))
 
 def _fake_search(signals, entries, gram, first, *options):
@@ -250,7 +253,7 @@ register_operator(_residual_search, _fake_search)
 
 # %% ../nbs/04_more_bottlenecks.ipynb #1f6b2b7b
 class _Chain:
-    "What the codes of residual VQ, with and without gains, are made of. Symbols: flag, then for each stage entry, level if it has gains, flag."
+    "What the codes of residual VQ are made of: a flag, then for each stage its entry, a level if it has gains, a flag."
     def _layout(self):
         "What each symbol is: (kind, stage), kind 0 for a flag, 1 for an entry, 2 for a level."
         chain = [(0, -1)]
@@ -302,16 +305,19 @@ class _Chain:
         return torch.cat([start.double(), help(flags, 2, 2), help(levels, 2 * self.max_level, 8)])
 
     def fit_tables(self, codes) -> None:
-        counts = codes if torch.is_tensor(codes) and codes.shape == self.symbol_counts.shape else self.count_symbols(codes)
+        counted = torch.is_tensor(codes) and codes.shape == self.symbol_counts.shape
+        counts = codes if counted else self.count_symbols(codes)
         super().fit_tables(self._helped(counts))
 
     def prices(self) -> tuple[Tensor, Tensor, Tensor]:
-        "Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2] in squared error, by the fitted tables or the running ones."
+        """Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2], in squared error: by the fitted tables;
+        by the running ones in training and before."""
         K, A, T, most = self.num_embeddings, self.num_entries, self.num_quantizers, self.max_level
-        if not self.rate_weight: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
+        if not self.price_of_bits: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
         elif len(self.rate_points) and not self.training: bits = self.symbol_bits()
         else: bits = rate.table_bits(rate.smooth_counts(self._helped(self.symbol_counts / (1 - self.decay))), self._sizes())
-        start, entry, flags, levels = (self.rate_weight * bits).to(self.entries.dtype).split([2, K * T, 2 * A, 2 * most * (A - self._first_atom)])
+        sizes = [2, K * T, 2 * A, 2 * most * (A - self._first_atom)]
+        start, entry, flags, levels = (self.price_of_bits * bits).to(self.entries.dtype).split(sizes)
         level = F.pad(levels.view(A - self._first_atom, 2 * most), (0, 1, self._first_atom, 0))
         level = torch.cat([level[:, :most], level[:, -1:], level[:, most:-1]], 1)
         return entry.view(T, K), level, torch.cat([flags, start]).view(A + 1, 2)
@@ -319,10 +325,10 @@ class _Chain:
 # %% ../nbs/04_more_bottlenecks.ipynb #80b5988c
 @register("rvq")
 class ResidualVQ(_Chain, Bottleneck):
-    """A sum of entries, one of each stage's codebook, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021 (SoundStream).
+    """A sum of entries, one of each stage's codebook, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
 
-    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model, and `rate_weight`
-    changed (then `fit_tables` again): both trade bits for error.
+    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model, and
+    `rate_weight` changed (then `fit_tables` again): both trade bits for error.
     """
     max_level = 0              # of gains, of which there are none
 
@@ -340,11 +346,12 @@ class ResidualVQ(_Chain, Bottleneck):
         rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); 0: all stages, whatever they cost
         stage_dropout: float = 0.0,  # part of the training batches that are coded with fewer stages, drawn anew
         init: str = "kmeans",  # first entries: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float | None = None,  # an entry used less than this part of its codebook's equal share is revived; None: 0.1, 0.01 where bits count
+        revive_below: float | None = None,  # an entry below this part of an equal share is revived; None: 0.1, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing, dropped stages and the revivals
     ):
         T, D = num_quantizers, min(num_codebooks or num_quantizers, num_quantizers)
-        if min(T, D, beam) < 1: raise ValueError(f"num_quantizers, num_codebooks and beam must be at least 1, got {T}, {num_codebooks}, {beam}")
+        if min(T, D, beam) < 1:
+            raise ValueError(f"num_quantizers, num_codebooks and beam must be at least 1, got {T}, {num_codebooks}, {beam}")
         if not (0 <= stage_dropout <= 1 and rate_weight >= 0 and 0 < decay < 1):
             raise ValueError("expected stage_dropout from 0 to 1, rate_weight of at least 0 and decay between 0 and 1, "
                              f"got {stage_dropout}, {rate_weight} and {decay}")
@@ -360,7 +367,7 @@ class ResidualVQ(_Chain, Bottleneck):
         self.register_buffer("ema_sums", self.entries.clone())
         self.register_buffer("ema_mass", torch.ones(self.num_entries))
         self.register_buffer("symbol_counts", torch.zeros(sum(self._sizes())))
-        self.register_buffer("expected", torch.zeros(self.num_entries), persistent=False)   # uses that an equal share had since the last
+        self.register_buffer("expected", torch.zeros(self.num_entries))          # uses that an equal share had since its last
         self._kept = None                                                        # prices and Gram matrix, and what they were made of
 
     @property
@@ -377,14 +384,29 @@ class ResidualVQ(_Chain, Bottleneck):
     def _search(self, signals, depth, beam):
         "Indices and levels of signals [N, M]."
         signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
-        if beam == 1 and not self.rate_weight and not any(self._gained): return self._nearest(signals, depth)
-        made_of = self.rate_weight, self.gain_step, self.training, *((b.data_ptr(), b._version) for b in (self.entries, self.symbol_counts, self.table_counts))
-        if self.training or torch.compiler.is_compiling() or self._kept is None or self._kept[0] != made_of:
-            with exact_products() if signals.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
-            self._kept = made_of, gram, self.prices()
-        _, gram, prices = self._kept
-        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices,
-                                               self.gain_step, beam, depth, self._whole)
+        if beam == 1 and not self.price_of_bits and not any(self._gained): return self._nearest(signals, depth)
+        if not (self.training or torch.compiler.is_compiling()):                 # a compiled model keeps what its last plain call made
+            buffers = self.entries, self.symbol_counts, self.table_counts
+            made_of = self.rate_weight, self.gain_step, *((b.data_ptr(), b._version) for b in buffers)
+            if self._kept is None or self._kept[0] != made_of: self._kept = made_of, *self._prepare()
+        gram, prices, step = self._kept[1:] if self._kept else self._prepare()
+        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices, step,
+                                               beam, depth, self._whole)
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
+    @property
+    def price_of_bits(self) -> float:
+        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new encoder are
+        small, and where no bit pays nothing is coded, and nothing is learned."""
+        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2) if self.training else 1.0)
+
+    def _prepare(self):
+        "Gram matrix of the entries, prices, and width of a level."
+        with exact_products() if self.entries.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
+        return gram, self.prices(), self.gain_step
 
     def _nearest(self, signals, depth):
         "The search where bits cost nothing and the beam is one: a lookup a stage."
@@ -396,7 +418,7 @@ class ResidualVQ(_Chain, Bottleneck):
         return indices, torch.zeros_like(indices)
 
     @property
-    def _whole(self): return not self.rate_weight                                # use every stage, if bits cost nothing
+    def _whole(self): return not self.price_of_bits                              # use every stage, if bits cost nothing
 
     def encode_signals(self, signals: Tensor):
         "Signals [N, M] to codes."
@@ -419,7 +441,8 @@ class ResidualVQ(_Chain, Bottleneck):
     def decode_signals(self, codes) -> Tensor:
         "Codes to the sums of their entries [N, M]. On the CPU, `ValueError` for an index that is no entry."
         indices = self._parts(codes)[0]
-        if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
+        visible = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
+        if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
             raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, got {int(indices.min())}..{int(indices.max())}; "
                              "decode with the bottleneck that made them")
         return self._sum(*self._chosen(codes))
@@ -439,7 +462,7 @@ class ResidualVQ(_Chain, Bottleneck):
         residual = signals
         for d in range(self.num_codebooks):
             first = d * self.num_embeddings
-            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)    # a residual of zero has no direction
+            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)    # zero has no direction
             rows = first_rows(residual, self.num_embeddings, self.init, self._generator())
             self.entries[first:first + len(rows)] = rows
             self.entries.copy_(self._shaped(self.entries))
@@ -481,7 +504,7 @@ class ResidualVQ(_Chain, Bottleneck):
         self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
         self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
         self.expected.masked_fill_(dead, 0)
-        if self.rate_weight:                                    # at the price of its former self a new entry would never be chosen
+        if self.rate_weight:       # at the price of its former self a new entry would never be chosen
             for t, first in enumerate(self._first):
                 uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
                 uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
@@ -493,8 +516,9 @@ class ResidualVQ(_Chain, Bottleneck):
         iterations: int = 8,  # of coding, solving and counting
     ) -> None:
         "Entries and tables for given signals, without averages: for patches of images, or latents of a trained network."
-        if not self._state()[0]: self.initialize(signals), self._placed()
         self.train()
+        if not self._state()[0]: self.initialize(signals)
+        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))    # bits have their full price
         for i in range(iterations + 1):
             codes = self._codes(*self._search(signals, self.num_quantizers, self.beam))
             self.symbol_counts.copy_(self.count_symbols(codes) * (1 - self.decay))
@@ -516,17 +540,19 @@ class ResidualVQ(_Chain, Bottleneck):
         entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device), right + ridge * self.entries)
         few = torch.bincount(rows.flatten(), minlength=A + 1)[:A] < 2
         residual = signals - self.decode_signals(codes)
-        worst = torch.multinomial(residual.square().sum(1).cpu(), int(few.sum()), True, generator=generator) if few.any() else []
-        entries[few] = residual[worst].to(entries.dtype)
+        if few.any():
+            worst = torch.multinomial(residual.square().sum(1).cpu(), int(few.sum()), True, generator=generator)
+            entries[few] = residual[worst].to(entries.dtype)
         self.entries.copy_(self._shaped(entries))
         self.ema_counts.copy_(torch.bincount(rows.flatten(), minlength=A + 1)[:A])
 
 # %% ../nbs/04_more_bottlenecks.ipynb #209d8be6
 @register("gsvq")
 class GainShapeVQ(ResidualVQ):
-    """A sum of unit atoms with coded gains, a dictionary for each step. Sources: Gersho and Gray 1992, chapter 12; Engan et al. 1999.
+    """A sum of unit atoms with coded gains, a dictionary for each step. Sources: Gersho and Gray 1992, chapter 12.
 
-    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels times `gain_step`.
+    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels times
+    `gain_step`.
     """
     def __init__(
         self,
@@ -541,9 +567,9 @@ class GainShapeVQ(ResidualVQ):
         gains_from: int = 1,  # first step with a gain; 2: plain VQ first
         max_level: int = 32,  # gains are -max_level to max_level steps, and not zero
         beam: int = 1,  # sums kept at each step of the search
-        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda), which also sets the step of the gains; 0: bits cost nothing
+        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); sets the step of the gains; 0: bits cost nothing
         init: str = "kmeans",  # first atoms: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float | None = None,  # an atom used less than this part of its dictionary's equal share is revived; None: 0.1, 0.01 where bits count
+        revive_below: float | None = None,  # an atom below this part of an equal share is revived; None: 0.1, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if gains_from not in (1, 2): raise ValueError(f"gains_from must be 1 or 2, got {gains_from}")
@@ -551,8 +577,8 @@ class GainShapeVQ(ResidualVQ):
             raise ValueError(f"expected num_codebooks of at least gains_from={gains_from} and max_level of at least 1, "
                              f"got {num_codebooks} and {max_level}")
         self.gains_from, self.max_level = gains_from, max_level
-        super().__init__(num_embeddings, embedding_dim, num_quantizers, commitment_cost, decay, patch_size, num_codebooks=num_codebooks,
-                         beam=beam, rate_weight=rate_weight, init=init, revive_below=revive_below, seed=seed)
+        super().__init__(num_embeddings, embedding_dim, num_quantizers, commitment_cost, decay, patch_size,
+                         num_codebooks=num_codebooks, beam=beam, rate_weight=rate_weight, init=init, revive_below=revive_below, seed=seed)
         self.code_shape = ()                                                     # a SparseCode keeps its own
         self.register_buffer("signal_energy", torch.ones(()))                    # running mean of squared norms
 
@@ -562,12 +588,13 @@ class GainShapeVQ(ResidualVQ):
     def _whole(self): return False
     @property
     def gain_step(self) -> float:
-        "Width of a level: 2.3 * sqrt(rate_weight), or an eighth of the signals' root mean square norm where that is 0."
-        return rate.STEP_RATIO * math.sqrt(self.rate_weight) or float(self.signal_energy.sqrt() / 8)
+        "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm where that is 0."
+        return rate.STEP_RATIO * math.sqrt(self.price_of_bits) or float(self.signal_energy.sqrt() / 8)
 
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each atom, a bit for the flag behind it, and ceil(log2 (2 * max_level)) for its gain."
-        return super().bits_per_code() + self.num_quantizers * (not self.rate_weight) + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
+        flags = self.num_quantizers * (not self.rate_weight)                     # where bits count they are in already
+        return super().bits_per_code() + flags + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
 
     def _shaped(self, entries):
         "All entries, at unit norm where they are atoms."
@@ -576,12 +603,14 @@ class GainShapeVQ(ResidualVQ):
 
     def _codes(self, indices, levels):
         rows = torch.where(indices < 0, -1, indices + torch.tensor(self._first, device=indices.device))
-        gains = torch.where(torch.tensor(self._gained, device=levels.device), levels.to(self.entries.dtype) * self.gain_step, 1.0)
+        gained = torch.tensor(self._gained, device=levels.device)
+        gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
         return SparseCode(rows, torch.where(indices < 0, 0, gains))
 
     def _parts(self, codes):
-        indices = torch.where(codes.indices < 0, -1, codes.indices - torch.tensor(self._first, device=codes.indices.device))
-        levels = (codes.values / self.gain_step).round().long() * torch.tensor(self._gained, device=codes.indices.device)
+        first, gained = (torch.tensor(x, device=codes.indices.device) for x in (self._first, self._gained))
+        indices = torch.where(codes.indices < 0, -1, codes.indices - first)
+        levels = (codes.values / self.gain_step).round().long() * gained
         return indices, levels.clamp(-self.max_level, self.max_level)
 
     def _chosen(self, codes): return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
