@@ -29,15 +29,18 @@ _jit = njit(**_options, inline="always")
 
 class _Cache(FunctionCache):
     "Numba's cache on disk, done without where it fails."
-    def attempt(self, what, default, *args):
+    warned = False
+
+    def _attempt(self, what, *args):
         try: return getattr(super(), what)(*args)
         except Exception as error:
-            warnings.warn(f"Numba's cache in {self.cache_path} does not work ({type(error).__name__}: {error}), so kernels are compiled in every process; "
-                          "empty that folder, make room, or set NUMBA_CACHE_DIR to one that can be written")
-            return default
+            if not _Cache.warned:
+                warnings.warn(f"Numba's cache in {self.cache_path} does not work ({type(error).__name__}: {error}), so kernels are compiled anew; "
+                              "if it goes on, empty that folder, make room, or set NUMBA_CACHE_DIR to one that can be written")
+            _Cache.warned = True
 
-    def load_overload(self, *args): return self.attempt("load_overload", None, *args)
-    def save_overload(self, *args): return self.attempt("save_overload", None, *args)
+    def load_overload(self, *args): return self._attempt("load_overload", *args)
+    def save_overload(self, *args): self._attempt("save_overload", *args)
 
 def _kernel(function):
     "Compile for calls from Python, and keep what is compiled."

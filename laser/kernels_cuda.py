@@ -148,7 +148,7 @@ def _fused(signals, dictionary, S, rule, tol, tf32):
     (B, M), K, limits = signals.shape, dictionary.shape[1], _limits(torch.float32, torch.float32)
     indices = torch.empty(B, S, dtype=torch.int64, device=signals.device)
     values, doubt = signals.new_empty(B, S), torch.empty(B, dtype=torch.int32, device=signals.device)
-    gram, rows = _gram_float32(dictionary), min(B, max(1024, 2**25 // max(K, M)))
+    gram, rows = _gram_float32(dictionary), max(1, min(B, max(1024, 2**25 // max(K, M))))
     diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
     scale, energy, correlations = (torch.empty(*shape, device=signals.device) for shape in ((rows,), (rows,), (rows, K)))
     block = _power_of_two(K, 32)
