@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOTTLENECKS', 'PATIENCE', 'kmeans', 'code_usage', 'perplexity', 'BottleneckOutput', 'straight_through', 'to_patches',
-           'from_patches', 'first_rows', 'Bottleneck', 'register', 'bottleneck_class', 'Option', 'signature_options',
-           'bottleneck_options', 'make_bottleneck', 'smoothed_counts', 'VectorQuantizer', 'coherence',
-           'DictionaryLearning']
+           'from_patches', 'first_rows', 'Bottleneck', 'register', 'bottleneck_names', 'bottleneck_class', 'Option',
+           'signature_options', 'bottleneck_options', 'make_bottleneck', 'smoothed_counts', 'VectorQuantizer',
+           'coherence', 'DictionaryLearning']
 
 # %% ../nbs/03_bottleneck.ipynb #e1f6cb34
 import importlib
@@ -500,12 +500,16 @@ def register(
     return wrap
 
 # %% ../nbs/03_bottleneck.ipynb #b66d7a8b
+def bottleneck_names() -> list[str]:
+    "Every registered name: those of this package, and those of your own that have been registered so far."
+    if importlib.util.find_spec("laser.more_bottlenecks"): importlib.import_module("laser.more_bottlenecks")
+    return list(BOTTLENECKS)
+
 def bottleneck_class(
     name: str,  # registered name
 ) -> type:
     "The class that a name stands for; `ValueError` lists the names there are."
-    if name not in BOTTLENECKS and importlib.util.find_spec("laser.more_bottlenecks"): importlib.import_module("laser.more_bottlenecks")
-    if name not in BOTTLENECKS:
+    if name not in BOTTLENECKS and name not in bottleneck_names():
         raise ValueError(f"there is no bottleneck {name!r}; there are {', '.join(BOTTLENECKS)}. "
                          "One of your own is registered with @register(name) before it is asked for")
     return BOTTLENECKS[name]
@@ -593,12 +597,14 @@ class VectorQuantizer(Bottleneck):
         init: str = "kmeans",  # first codebook: kmeans or data (of the first training batch) or random (normal)
         revive_below: float = 0.1,  # an entry used less than this part of an equal share is revived; 0: never
         epsilon: float = 1e-5,  # Laplace smoothing of the counts
+        rate_weight: float = 0.0,  # squared error on a latent that one bit is worth (lambda); 0: the nearest entry
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if decay and not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, or be None, got {decay}")
         super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, init=init,
                          revive_below=revive_below, seed=seed, usage_decay=decay or 0.99)
-        self.decay, self.epsilon = decay or None, epsilon
+        if not rate_weight >= 0: raise ValueError(f"rate_weight must be at least 0, got {rate_weight}")
+        self.decay, self.epsilon, self.rate_weight = decay or None, epsilon, rate_weight
         start = torch.randn(num_embeddings, embedding_dim, generator=self._generator())
         self.register_buffer("expected", torch.zeros(num_embeddings))   # uses that an equal share had since its last
         if self.decay:
@@ -610,8 +616,11 @@ class VectorQuantizer(Bottleneck):
     later_buffers = (*Bottleneck.later_buffers, "expected")
 
     def encode_signals(self, signals: Tensor) -> Tensor:
-        "Signals [N, D] to the index of the nearest entry [N]."
-        return nearest_entry(signals.detach(), self.codebook.detach())
+        "Signals [N, D] to the index of the nearest entry [N], or of the one of least error + rate_weight * bits."
+        if not self.rate_weight: return nearest_entry(signals.detach(), self.codebook.detach())
+        fitted = len(self.rate_points) and not self.training               # in training, prices follow the usage
+        bits = self.symbol_bits() if fitted else rate.table_bits(rate.smooth_counts(self.ema_counts), self.table_sizes())
+        return rate.nearest_entry_rd(signals.detach(), self.codebook.detach(), bits, self.rate_weight)
 
     def decode_signals(self, codes: Tensor) -> Tensor:
         "Indices [N] to entries [N, D]. On the CPU, `ValueError` for an index that is no entry."
@@ -672,7 +681,7 @@ def coherence(
     return (small.square().sum() - diagonal).clamp_min(0) / max(K * (K - 1), 1)
 
 # %% ../nbs/03_bottleneck.ipynb #0076
-def _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coefficient_bits):
+def _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coefficient_bits, rate_weight, step, max_level):
     if not 1 <= sparsity_level <= num_embeddings:
         raise ValueError("sparsity_level must lie between 1 and the number of atoms, "
                          f"num_embeddings={num_embeddings}, got {sparsity_level}")
@@ -683,29 +692,54 @@ def _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coe
         raise ValueError("gradient='refit' needs least-squares coefficients, which method='mp' does not compute; use 'omp' or 'ormp'")
     if coefficient_bits is not None and not 2 <= coefficient_bits <= 16:
         raise ValueError(f"coefficient_bits must lie between 2 and 16, or be None for continuous coefficients, got {coefficient_bits}")
+    if not rate_weight >= 0 or max_level < 1 or not (step is None or step > 0):
+        raise ValueError("expected rate_weight of at least 0, a positive step or None, and max_level of at least 1, "
+                         f"got {rate_weight}, {step} and {max_level}")
+    if coefficient_bits is not None and rate_weight:
+        raise ValueError("coefficient_bits are for a fixed number of atoms, rate_weight chooses levels of one step: set one of the two")
 
 # %% ../nbs/03_bottleneck.ipynb #5782ff8a
 class _SparseSymbols:
     "The symbols of a `DictionaryLearning` whose coefficients are rounded: atom or stop, level, atom or stop, level, ..."
+    @property
+    def level_width(self) -> float:
+        "The step of the levels where bits count: a coefficient is its level times this."
+        return self.step or rate.STEP_RATIO * math.sqrt(self.rate_weight)
+
+    def _set_alphabet(self):
+        left_out = self.level_counts[:, self.max_level]                       # rare atoms first
+        return rate.SparseAlphabet(self.num_embeddings, self.max_level, self.sparsity_level,
+                                   left_out.argsort(descending=True, stable=True))
+
+    def _prices(self):
+        "Bits of every level of every atom: from the fitted tables, or, in training and before, from running counts."
+        if self.training or not len(self.rate_points): return rate.level_prices(self.level_counts)
+        return rate.level_prices(self._set_alphabet().level_counts(self.table_counts[self.rate_point]))
+
     def table_sizes(self) -> list[int]:
+        if self.rate_weight: return self._set_alphabet().table_sizes()
         if self.coefficient_bits is None:
             raise ValueError("continuous coefficients have no finite alphabet, so they cannot be counted in tables or written "
-                             "to a file: set coefficient_bits (8, for instance; bottleneck.coefficient_bits = 8 on a trained model)")
+                             "to a file: set coefficient_bits (8, for instance; bottleneck.coefficient_bits = 8 on a trained model) "
+                             "or rate_weight")
         return [self.num_embeddings + 1, 2**self.coefficient_bits - 1] * self.sparsity_level
 
     def next_table(self, before: Tensor) -> Tensor:
+        if self.rate_weight: return self._set_alphabet().next_table(before)
         t = before.shape[1]
         if t == 2 * self.sparsity_level: return before.new_full((len(before),), -1)
         stopped = (before[:, ::2] == self.num_embeddings).any(1)
         return torch.where(stopped, -1, t)
 
     def symbol_values(self, codes: SparseCode) -> Tensor:
+        if self.rate_weight: return self._set_alphabet().symbol_values(codes, self.level_width)
         highest = 2 ** (self.coefficient_bits - 1) - 1
         levels = (codes.values / self._limits(codes).clamp_min(torch.finfo(torch.float32).tiny) * highest).round().long() + highest
         atoms = torch.where(codes.indices < 0, self.num_embeddings, codes.indices)
         return torch.stack([atoms, levels.clamp(0, 2 * highest)], -1).flatten(1)
 
     def from_symbols(self, values: Tensor) -> SparseCode:
+        if self.rate_weight: return self._set_alphabet().from_symbols(values, self.level_width)
         highest, atoms = 2 ** (self.coefficient_bits - 1) - 1, values[:, ::2]
         used = (atoms != self.num_embeddings).int().cumprod(1).bool()
         limits = self._limits().clamp_min(torch.finfo(torch.float32).tiny)
@@ -732,20 +766,28 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         *,
         gradient: str = "straight_through",  # or refit: through the least squares on the chosen atoms
         coefficient_bits: int | None = None,  # bits for one coefficient, really rounded; None: continuous
+        rate_weight: float = 0.0,  # squared error on a signal that a bit is worth (lambda); 0: bits cost nothing
+        step: float | None = None,  # width of a coefficient's level where bits count; None: 2.3 * sqrt(rate_weight)
+        max_level: int = 63,  # largest level where bits count
         coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms; 0: off
         init: str = "data",  # first atoms: data or kmeans (of the first training batch) or random
-        revive_below: float = 0.3,  # an atom used less than this part of an equal share is revived; 0: never
+        revive_below: float | None = None,  # an atom used less than this part of an equal share is revived; None: 0.3, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
+        if revive_below is None: revive_below = 0.01 if rate_weight else 0.3
         super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
                          init=init, revive_below=revive_below, seed=seed)
-        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coefficient_bits)
+        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coefficient_bits, rate_weight, step, max_level)
         self.sparsity_level, self.method, self.diversity = sparsity_level, method, diversity
         self.gradient, self.coefficient_bits, self.coherence_penalty = gradient, coefficient_bits, coherence_penalty
+        self.rate_weight, self.step, self.max_level = rate_weight, step, max_level
         self.register_buffer("coefficient_limits", torch.zeros(sparsity_level))
+        self.register_buffer("level_counts", torch.zeros(num_embeddings, 2 * max_level + 1))   # of the last 100 batches or so
         start = torch.randn(self.signal_dim, num_embeddings, generator=self._generator())
         self._unit = None                                                  # the parameter, and the version of it, known to have unit norm
         self.register_parameter("dictionary", nn.Parameter(normalize_atoms(start)))
+
+    later_buffers = (*Bottleneck.later_buffers, "level_counts")
 
     @property
     def dictionary(self) -> Tensor:
@@ -784,6 +826,11 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         if not _finite(atoms):
             raise ValueError("the dictionary holds NaN or infinity: lower the learning rate or clip the gradient, "
                              "and go back to a checkpoint")
+        if self.rate_weight:
+            code = rate.rd_pursuit(signals.detach(), atoms.detach(), self._prices(), self.rate_weight,
+                                   self.level_width, self.sparsity_level)
+            if track: self._track_levels(code)
+            return code
         with torch.no_grad():
             code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level, method=self.method, diversity=self.diversity,
                              check_finite=False)                           # both have just been looked at
@@ -832,6 +879,12 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(self.coefficient_limits.dtype)
         self.coefficient_limits.copy_(torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
 
+    @torch.no_grad()
+    def _track_levels(self, code):
+        "How often each atom had each level: a sum that forgets a hundredth of itself a batch."
+        counts = rate.count_levels(code, self.num_embeddings, self.max_level, self.level_width)
+        self.level_counts.mul_(0.99).add_(_over_processes(counts))
+
     def learn(self, signals: Tensor, decoded: Tensor, codes: SparseCode, counts: Tensor) -> None:
         "The least used atoms, where dead, become the directions of the worst coded signals."
         self.after_step()
@@ -845,7 +898,12 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         fresh = (rows / energy.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).T.to(self.dictionary.dtype)
         self.dictionary[:, atoms] = torch.where(replace, fresh, self.dictionary[:, atoms])
         self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
+        if self.rate_weight:                                    # at the price of its former self a new atom would never be chosen
+            self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0), self.level_counts[atoms])
 
     def bits_per_code(self) -> int:
-        "S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous. One code covers p x p latents."
+        """S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous, or, where bits count, the
+        most that a code can take without tables. One code covers p x p latents."""
+        if self.rate_weight:
+            return self.sparsity_level * (rate.nominal_bits(self.num_embeddings + 1) + rate.nominal_bits(2 * self.max_level))
         return self.sparsity_level * ((self.num_embeddings - 1).bit_length() + (self.coefficient_bits or 32))

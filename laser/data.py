@@ -11,20 +11,21 @@ __all__ = ['TURNS', 'NO_PICTURES', 'CELEBA_LAYOUT', 'CELEBA_COUNTS', 'SAMPLE_BOX
            'Imagenette', 'get_dataset', 'load_images', 'RandomFlips', 'CachedImages', 'check_shared_memory',
            'EpochSampler', 'ByteItems', 'make_loaders', 'worker_count']
 
-# %% ../nbs/07_data.ipynb #d0047b31
+# %% ../nbs/07_data.ipynb #939aef28
 import hashlib
 import logging
 import os
 import unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePath
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 # %% ../nbs/07_data.ipynb #0007
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -38,7 +39,7 @@ def upright(
     except Exception: turn = None       # Pillow's parser raises half a dozen kinds on damaged notes
     return image if turn is None else image.transpose(Image.Transpose[turn])
 
-# %% ../nbs/07_data.ipynb #89568ee8
+# %% ../nbs/07_data.ipynb #77136a05
 def to_rgb(
     image: Image.Image,  # any mode that Pillow reads
 ) -> Image.Image:        # mode "RGB", 8 bits a channel
@@ -52,6 +53,9 @@ def to_rgb(
             raise ValueError("its pixels are 32-bit integers; save it with 8 or 16 bits a channel")
         clear = values == image.info.get("transparency", -1)
         image = Image.fromarray(np.where(clear, 255, np.round(values / 257)).astype(np.uint8))
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:       # 16-bit: Pillow keeps the high bytes, but not of this
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -189,7 +193,7 @@ def image_files(
     if kinds: say_once(f"{root}: left out {left_out.total():,} file(s) that are no images: {kinds}")
     return [Path(path) for path in sorted(files, key=lambda path: path.replace(os.sep, "\0"))]     # folder by folder
 
-# %% ../nbs/07_data.ipynb #ca545af2
+# %% ../nbs/07_data.ipynb #58a6a1d2
 class FileImages(Images):
     "Images read from files: centred square, bicubic to `size`"
 
@@ -216,7 +220,9 @@ class FileImages(Images):
         def error_of(path):
             try: self.read(path)
             except (OSError, ValueError) as error: return str(error)
-        with ThreadPoolExecutor() as pool: errors = list(pool.map(error_of, self.files))
+        with ThreadPool() as pool:
+            reading = pool.imap(error_of, self.files, chunksize=16)
+            errors = list(tqdm(reading, "reading each image once", len(self.files), leave=False, disable=None))
         self.skipped = [path for path, error in zip(self.files, errors) if error]
         if not self.skipped: return
         if all(errors): raise ValueError(f"none of the {len(errors):,} images can be read; {errors[0]}")
@@ -364,16 +370,14 @@ SAMPLE_BOXES = {             # left, top, side of a square in pixels
     "rocket.jpg": (107, 0, 427),
 }
 
-# %% ../nbs/07_data.ipynb #0068
+# %% ../nbs/07_data.ipynb #dc548eb4
 def sample_images(
     size: int = 128,    # side in pixels
 ) -> torch.Tensor:      # float [4, 3, size, size] in [0, 1]
     "Face or centre crops of four photographs: astronaut, chelsea, coffee, rocket"
-    crops = []
-    for name, (left, top, side) in SAMPLE_BOXES.items():
-        crop = sample_photograph(name).crop((left, top, left + side, top + side))
-        crops.append(pixels_of(square(crop, size)))
-    return as_floats(torch.stack(crops))
+    crops = [sample_photograph(name).crop((left, top, left + side, top + side))
+             for name, (left, top, side) in SAMPLE_BOXES.items()]
+    return as_floats(torch.stack([pixels_of(square(crop, size)) for crop in crops]))
 
 # %% ../nbs/07_data.ipynb #0072
 SAMPLE_SPLITS = {

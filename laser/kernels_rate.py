@@ -99,7 +99,8 @@ def rd_numba(
     sweeps: int,  # of exchanges
 ) -> tuple[Tensor, Tensor]:  # atoms [N, S] int64 and levels [N, S], 0 where nothing is used
     "The moves of `laser.rate.rd_pursuit` on the CPU, spread over torch's threads. No checks: see there."
-    if c.device.type != "cpu": raise ValueError(f"backend 'numba' runs on the CPU, but the signals are on {c.device}; use backend='auto'")
+    if c.device.type != "cpu":
+        raise ValueError(f"backend 'numba' runs on the CPU, but the signals are on {c.device}; use backend='auto'")
     atoms, levels = torch.zeros(len(c), slots, dtype=torch.int64), c.new_zeros(len(c), slots)
     cheapest = rate_weight * prices.scatter(1, torch.full((len(prices), 1), prices.shape[1] // 2), torch.inf).amin(1)
     terms = np.array([rate_weight, step], dtype=gram.numpy().dtype)

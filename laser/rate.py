@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOOTHING', 'STEP_RATIO', 'smooth_counts', 'table_starts', 'count_symbols', 'table_bits', 'ideal_bits',
-           'nominal_bits', 'to_levels', 'order_bits', 'nearest_entry_rd', 'level_prices', 'rd_pursuit',
+           'nominal_bits', 'to_levels', 'order_bits', 'nearest_entry_rd', 'level_prices', 'count_levels', 'rd_pursuit',
            'SparseAlphabet']
 
 # %% ../nbs/02_rate.ipynb #0003
@@ -137,7 +137,24 @@ def level_prices(
     odds = (left_out + K - 1) / (uses + 1)                                      # against use; K - 1 to 1 at the start
     return (odds / share).log2().where(far > 0, 0)
 
-# %% ../nbs/02_rate.ipynb #0042
+# %% ../nbs/02_rate.ipynb #0039
+def count_levels(
+    code: SparseCode,  # [N, S], values that are levels times the step
+    num_atoms: int,  # K
+    max_level: int,  # L
+    step: float,  # width of a level
+) -> Tensor:  # [K, 2L + 1] float, how often each atom had each level, 0 for left out
+    "What `level_prices` counts on."
+    width = 2 * max_level + 1
+    level = (code.values / step).round().long().clamp(-max_level, max_level)
+    places = torch.where(code.indices < 0, num_atoms * width, code.indices * width + max_level + level)
+    counts = torch.zeros(num_atoms * width + 1, device=places.device)
+    counts = counts.index_add_(0, places.flatten(), torch.ones_like(places.flatten(), dtype=counts.dtype))[:-1]
+    counts = counts.view(num_atoms, width)
+    counts[:, max_level] = len(code.indices) - counts.sum(1)
+    return counts
+
+# %% ../nbs/02_rate.ipynb #0044
 def _best_levels(c, atoms, prices, rate_weight, step):
     "The level of each of `atoms` that gains most, 0 where none gains, and its gain; c holds their correlations."
     size, top = c.abs(), prices.shape[1] // 2
@@ -150,7 +167,7 @@ def _best_levels(c, atoms, prices, rate_weight, step):
         level, gain = torch.where(new > gain, signed, level), torch.maximum(new, gain)
     return level, gain
 
-# %% ../nbs/02_rate.ipynb #0043
+# %% ../nbs/02_rate.ipynb #0045
 class _Pursuit:
     "Codes of N signals by distortion + rate: S slots each, and the correlations c [N, K] with what is left."
 
@@ -185,7 +202,7 @@ class _Pursuit:
         self.put(slot, torch.where(active, k, before[0]), torch.where(active, level, before[1]))
         return active & (level != 0)
 
-# %% ../nbs/02_rate.ipynb #0044
+# %% ../nbs/02_rate.ipynb #0046
 def _rd_torch(c, gram, prices, rate_weight, step, slots, sweeps):
     "Atoms [N, S] and levels [N, S], 0 where nothing is used, from correlations c [N, K], which are used up."
     state = _Pursuit(c, gram, prices, rate_weight, step, slots)
@@ -202,7 +219,7 @@ def _rd_torch(c, gram, prices, rate_weight, step, slots, sweeps):
             filled += state.fill(slot, slot <= before) & (slot == before)
     return state.atoms, state.levels
 
-# %% ../nbs/02_rate.ipynb #0045
+# %% ../nbs/02_rate.ipynb #0047
 STEP_RATIO = 2.3  # step over the square root of the rate weight, where no step is given
 
 
@@ -243,7 +260,7 @@ def rd_pursuit(
     values = (levels * step).gather(1, order)
     return SparseCode(indices.where(indices < len(prices), -1), values)
 
-# %% ../nbs/02_rate.ipynb #0052
+# %% ../nbs/02_rate.ipynb #0054
 class SparseAlphabet:
     """The symbols of sparse codes with levels: atom or stop, level, atom or stop, level, ...
 
@@ -270,6 +287,15 @@ class SparseAlphabet:
         if t == 2 * self.max_atoms: return before.new_full((len(before),), -1)
         stopped, last = (before[:, ::2] == K).any(1), before[:, t - 2 + t % 2]
         return torch.where(stopped, -1, K + 1 + 4 * last + min(t // 2, 3) if t % 2 else last)
+
+    def level_counts(self, weights: Tensor) -> Tensor:
+        "Tables as from `smooth_counts` to how often each atom had each level [K, 2 L + 1]: `level_prices` of a model."
+        K, L = self.num_atoms, self.max_level
+        atoms, levels = ((weights - 1).double() / SMOOTHING).split([(K + 1) ** 2, 8 * K * L])
+        levels = levels.view(K, 4, 2 * L).sum(1)
+        left_out = atoms[K * (K + 1):].sum() - levels.sum(1, keepdim=True)
+        counts = torch.cat([levels[:, :L], left_out, levels[:, L:]], 1)
+        return torch.empty_like(counts).index_copy_(0, self.order.to(counts.device), counts)
 
     def symbol_values(self, code: SparseCode, step: float) -> Tensor:
         "Codes [N, S] with values that are levels times `step` to symbols [N, 2 S]."

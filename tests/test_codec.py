@@ -1,4 +1,5 @@
 """Streams: exact, as short as their tables promise, and nothing but an error or an image whatever bytes come in."""
+import copy
 import os
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import pytest
 import torch
 
 from laser import codec
-from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_class, bottleneck_options, register
+from laser.bottleneck import BOTTLENECKS, Bottleneck, bottleneck_options, register
+from laser.context import context_bits, fit_context
 from laser.models import Autoencoder
 from laser.sparse_coding import SparseCode
+
+try: import laser.more_bottlenecks  # noqa: F401  registers them
+except ImportError: pass
 
 NETWORK = dict(num_hiddens=16, num_residual_hiddens=8, num_residual_blocks=1, downsampling_factor=4)
 
@@ -27,8 +32,8 @@ class Ragged(Bottleneck):
         self.scale = torch.nn.Parameter(torch.tensor(0.25))
 
     def encode_signals(self, signals):
-        kind = (signals[:, 0].abs() * 4).long() % 5
-        numbers = (signals[:, 1:5] * 50).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
+        kind = (signals[:, 0].abs() * 15).long() % 5
+        numbers = (signals[:, 1:5] * 15).long() % torch.tensor([3, 7, 1, 1], device=signals.device)
         used = torch.arange(4, device=signals.device) < kind[:, None]
         return torch.cat([kind[:, None], torch.where(used, numbers, -1)], 1)
 
@@ -48,13 +53,13 @@ class Ragged(Bottleneck):
 
 def with_alphabet():
     """Every registered bottleneck that can be coded, and the options that make it so."""
-    bottleneck_class("vq")
     for name in BOTTLENECKS:
         options = {key: value for key, value in dict(num_embeddings=16, embedding_dim=8, coefficient_bits=5).items()
                    if key in bottleneck_options(name)}
         try: Autoencoder(name, **NETWORK, **options).bottleneck.table_sizes()
         except ValueError: continue
         yield name, options
+        if "coefficient_bits" in options: yield name, options | dict(coefficient_bits=None, rate_weight=1e-3)
 
 
 def images(count, side=32, seed=0):
@@ -63,14 +68,22 @@ def images(count, side=32, seed=0):
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
 
 
-@pytest.fixture(scope="module", params=[*with_alphabet()], ids=lambda p: p[0])
+@pytest.fixture(scope="module", params=[*with_alphabet()], ids=lambda p: p[0] + "-rate" * ("rate_weight" in p[1]))
 def model(request):
     name, options = request.param
     torch.manual_seed(0)
     model = Autoencoder(name, **NETWORK, **options).train()
+    with torch.no_grad(): model.pre_bottleneck.weight.mul_(30)       # latents that differ, without training
     for seed in range(3): model(images(32, seed=seed))
+    if "rate_weight" in options: model.bottleneck.rate_weight = energy(model) / 1000
     model.eval().fit_tables(images(100, seed=9))
     return model
+
+
+@torch.no_grad()
+def energy(model):
+    """Mean squared length of a latent."""
+    return float(model.latents(images(8)).square().sum(1).mean())
 
 
 def same(a, b):
@@ -97,7 +110,7 @@ def test_coded_bits_are_within_two_percent_of_ideal(model):
     with torch.no_grad(): ideal = float(model.bottleneck.code_bits(model.encode(x)).sum())
     coded = sum(8 * len(stream) for stream in model.compress(x))
     header = 100 * 8 * codec.HEADER.size
-    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < 1.02 * ideal + 100 * 8
+    assert codec.HEADER.size <= 16 and 0.999 * ideal < coded - header < max(1.02 * ideal + 100 * 8, 100 * 40)
 
 
 def test_every_size_comes_back(model):
@@ -109,7 +122,6 @@ def test_every_size_comes_back(model):
 
 
 def test_saved_model_decodes(model, tmp_path):
-    if model.bottleneck.name == "test_codec": pytest.skip("its options are those of this file")
     streams = model.compress(images(2))
     model.save_pretrained(tmp_path)
     assert torch.equal(Autoencoder.from_pretrained(tmp_path).decompress(streams), model.decompress(streams))
@@ -228,6 +240,56 @@ def test_streams_do_not_depend_on_the_batch(model):
         assert sum(parts, []) == together
 
 
+@pytest.fixture(scope="module")
+def with_context(model):
+    """The model with a context model, little trained."""
+    model = copy.deepcopy(model)
+    fit_context(model, images(64, seed=6), steps=30, hidden=16)
+    return model
+
+
+def test_context_model(with_context, model):
+    """Fewer bits, the same codes, within two percent of what the context model promises; damage is noticed as before."""
+    x = images(40, side=64, seed=7)
+    codes = model.encode(x)
+    streams = with_context.compress(x)
+    back, _ = codec.streams_to_codes(with_context, streams)
+    assert same(back, codes)
+    ideal, coded = float(context_bits(with_context, codes).sum()), sum(8 * len(s) for s in streams) - 40 * 8 * codec.HEADER.size
+    assert coded < max(1.02 * ideal + 40 * 8, 40 * 40)          # a word of 32 bits is the least
+    assert "another model" in refusal(model.decompress, streams[:1])
+    if any(s[3] & codec.CONTEXT for s in streams): check_mutations(with_context, 40)
+
+
+AGAIN = """
+import sys, torch
+from laser.codec import codes_to_streams, streams_to_codes
+from laser.context import context_bits, fit_context
+from laser.models import Autoencoder
+folder, threads, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+model, codes = Autoencoder.from_pretrained(folder), torch.load(folder + "/codes.pt")
+streams = sum((codes_to_streams(model, part, (64, 64)) for part in codes.split(batch)), [])
+assert all(s[3] == 128 for s in streams) and torch.equal(torch.cat([streams_to_codes(model, [s])[0] for s in streams]), codes)
+sys.stdout.write(b"".join(streams).hex())
+"""
+
+
+def test_context_is_the_same_everywhere(tmp_path):
+    """The bytes do not depend on threads, batch or vector instructions: nothing between codes and bytes is rounded."""
+    torch.manual_seed(0)
+    model = Autoencoder("vq", num_embeddings=32, embedding_dim=8, **NETWORK).train()
+    for seed in range(3): model(images(32, seed=seed))
+    model.eval().fit_tables(images(64, seed=4))
+    fit_context(model, images(64, side=64, seed=5), steps=40, hidden=32)
+    model.save_pretrained(tmp_path)
+    torch.save(model.encode(images(4, side=64, seed=6)), tmp_path / "codes.pt")
+    found = [subprocess.run([sys.executable, "-c", AGAIN, tmp_path, *arguments], capture_output=True, text=True, env=os.environ | env)
+             for arguments, env in ((("1", "4"), {}), (("2", "1"), {}), (("1", "3"), SCALAR))]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[0].stdout == found[1].stdout == found[2].stdout
+
+
 def refusal(function, *args):
     with pytest.raises(ValueError) as error: function(*args)
     return str(error.value)
@@ -250,12 +312,26 @@ def test_continuous_coefficients_have_no_stream():
     assert "coefficient_bits" in refusal(Autoencoder("dl", embedding_dim=8, **NETWORK).eval().compress, images(1))
 
 
-def test_rate_weight_is_put_back():
-    model = Autoencoder("vq", num_embeddings=4, embedding_dim=8, **NETWORK).eval()
-    model.fit_tables(images(2))
-    if "rate_weight" not in bottleneck_options("vq"): assert "one rate" in refusal(model.compress, images(1), 0.1)
-    else: model.compress(images(1), 0.1)
-    assert model.bottleneck.rate_weight == 0.0
+def test_one_dial_for_the_rate(model):
+    """Any rate_weight, fitted or not, alone or mixed: a larger one costs fewer bits, and all come back."""
+    x, own = images(6, seed=8), model.bottleneck.rate_weight
+    if "rate_weight" not in bottleneck_options(type(model.bottleneck)):
+        assert "one rate" in refusal(model.compress, x, 0.1)
+        return
+    model = copy.deepcopy(model)
+    weights = [energy(model) * share for share in (1e-4, 1e-3, 1e-2)]
+    if getattr(model.bottleneck, "coefficient_bits", None): assert "fit_tables" in refusal(model.compress, x, weights[0])
+    other = 1.1 * weights[1]
+    model.fit_tables(images(60, seed=9), rate_weights=weights)
+    coded = [model.compress(x, weight) for weight in (*weights, other)]
+    assert sum(map(len, coded[0])) > sum(map(len, coded[2]))
+    assert [streams[0][3] for streams in coded[:3]] == [model.bottleneck.rate_points.tolist().index(w) for w in weights]
+    for streams, weight in zip(coded, (*weights, other)):
+        model.bottleneck.rate_weight = weight
+        expected = model.decode(model.encode(x))
+        model.bottleneck.rate_weight = own
+        assert torch.equal(model.decompress(streams), expected)
+    assert model.decompress([coded[0][0], coded[3][1]]).shape == (2, 3, 32, 32) and model.bottleneck.rate_weight == own
 
 
 def test_resumed_dataset_equals_an_uninterrupted_one(model, tmp_path, monkeypatch):

@@ -223,6 +223,8 @@ def test_zoo_of_depths_and_transparency(tmp_path):
     row = b"\0" + struct.pack(">6H", 0, 0, 65535, 0, 40000, 0)                             # blue, then some green
     (tmp_path/"colours.png").write_bytes(png(2, 1, 16, 2, row))
     assert [read_rgb(tmp_path/"colours.png").getpixel((i, 0)) for i in (0, 1)] == [(0, 0, 255), (0, 156, 0)]
+    (tmp_path/"colours.png").write_bytes(png(2, 1, 16, 2, row, transparent(0, 40000, 0)))
+    assert [read_rgb(tmp_path/"colours.png").getpixel((i, 0)) for i in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
     palette = Image.new("P", (2, 1)); palette.putpalette([9, 8, 7, 6, 5, 4]); palette.putpixel((1, 0), 1)
     palette.save(tmp_path/"palette.png", transparency=1)
     palette.save(tmp_path/"palette.gif", transparency=1)

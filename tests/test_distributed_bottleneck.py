@@ -4,6 +4,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from laser.bottleneck import DictionaryLearning, VectorQuantizer, code_usage
+from laser.more_bottlenecks import GainShapeVQ, ProductVQ, ResidualVQ
 
 STEPS, BATCH = 6, 8
 VARIANTS = {
@@ -14,6 +15,12 @@ VARIANTS = {
     "dl, data": lambda: DictionaryLearning(24, 4, 2),
     "dl, k-means, revival": lambda: DictionaryLearning(24, 4, 2, init="kmeans", revive_below=0.9),
     "dl, patches, bits, refit": lambda: DictionaryLearning(24, 4, 2, patch_size=2, gradient="refit", coefficient_bits=8, revive_below=0.9),
+    "rvq, k-means, stages dropped": lambda: ResidualVQ(12, 4, 3, decay=0.9, stage_dropout=0.5),
+    "rvq, data, revival, rate, shared": lambda: ResidualVQ(12, 4, 3, decay=0.8, init="data", revive_below=0.9, rate_weight=0.1, num_codebooks=2),
+    "gsvq, data": lambda: GainShapeVQ(12, 4, 3, decay=0.9, init="data"),
+    "gsvq, k-means, revival, rate, plain first": lambda: GainShapeVQ(12, 4, 3, decay=0.8, revive_below=0.9, rate_weight=0.1, gains_from=2),
+    "pq, k-means": lambda: ProductVQ(12, 4, 2, decay=0.9),
+    "pq, data, revival, rate": lambda: ProductVQ(12, 4, 2, decay=0.8, init="data", revive_below=0.9, rate_weight=0.1),
 }
 
 

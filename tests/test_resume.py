@@ -115,3 +115,30 @@ def test_full_disk_keeps_the_last_good_checkpoint(pictures, tmp_path):
     assert result.returncode != 0 and "CheckpointError" in result.stderr and "the last good checkpoint is" in result.stderr, result.stderr
     assert find_checkpoint(tmp_path/"run").name == "step-00000003"
     assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir() if p.is_dir() and not p.is_symlink()) == ["step-00000003"]
+
+
+def test_sigterm_to_all_processes_saves(pictures, tmp_path):
+    """What a scheduler sends reaches the loader processes too."""
+    slow = RUN.replace("max_epochs=2", "max_epochs=500")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "new"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not (tmp_path/"run"/"metrics.csv").exists() and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Interrupted at step" in out, err
+
+
+def test_the_second_run_of_a_folder_is_refused(pictures, tmp_path):
+    slow = RUN.replace("max_epochs=2", "max_epochs=500")
+    first = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "new"], start_new_session=True)
+    try:
+        deadline = time.time() + 120
+        while not (tmp_path/"run"/"steps.csv").exists() and time.time() < deadline and first.poll() is None: time.sleep(0.05)
+        second = start(tmp_path/"run", "vqvae", pictures)
+        assert second.returncode != 0 and f"in use by process {first.pid}" in second.stderr, second.stderr
+    finally:
+        first.kill()
+        first.wait()
+    third = start(tmp_path/"run", "vqvae", pictures, resume=(tmp_path/"run"/"checkpoints"/"checkpoints.json").exists())
+    assert third.returncode == 0, third.stderr                             # the claim of a dead process holds nobody up

@@ -1,7 +1,10 @@
 """Two processes with half a batch each learn what one process learns with the whole batch (gloo, on the CPU)."""
-import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +52,24 @@ def test_two_processes_learn_what_one_learns(model, tmp_path):
     for column in ("train_loss", "val_loss", "val_mse", "val_psnr", "val_ssim"):
         assert float(one_row[column]) == pytest.approx(float(two_row[column]), rel=2e-3), column
     assert float(one_row["val_bits_per_pixel"]) == float(two_row["val_bits_per_pixel"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other process in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_process_is_lost_the_other_ends_and_says_so(how, tmp_path):
+    script = tmp_path/"run.py"
+    script.write_text(RUN.replace("max_epochs=1", "max_epochs=10000"))
+    log = open(tmp_path/"log", "w")                                        # a pipe would stay open in the stopped process
+    first = subprocess.Popen([sys.executable, str(script), str(tmp_path/"run"), "vqvae", "2"], stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.time() + 120
+        while not (tmp_path/"run"/"checkpoints"/"last").exists() and time.time() < deadline and first.poll() is None: time.sleep(0.1)
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        other = [int(pid) for pid in children if str(script) in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(other) == 1
+        os.kill(other[0], how)
+        first.wait(timeout=60)
+        err = (tmp_path/"log").read_text()
+        assert first.returncode != 0 and "has died or hangs" in err and "step-0" in err and "train.resume=" in err, err
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
