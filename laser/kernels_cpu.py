@@ -5,198 +5,137 @@
 # %% auto #0
 __all__ = ['chunk_rows', 'omp_numba', 'count_differences', 'nearest_numba']
 
-# %% ../nbs/30_kernels_cpu.ipynb #0003
+# %% ../nbs/30_kernels_cpu.ipynb #33a7ed8c
 import os
-import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.extending import overload
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from .pursuit import check_problem, compare_supports, correlation_floor, eligible_norm, power_of_two_scale, pursuit
-from .sparse_coding import fake_pursuit, no_autocast, register_operator
+from .pursuit import check_problem, compare_supports, correlation_floor, eligible_norm, pursuit
+from .sparse_coding import forked, no_autocast, omp_torch
 
-# %% ../nbs/30_kernels_cpu.ipynb #0006
-def _can_cache():
-    "Has Numba a folder to keep compiled kernels in? (It refuses to define a function that it could not keep.)"
-    try: njit(cache=True)(_can_cache)
-    except RuntimeError: return False
-    return True
+# %% ../nbs/30_kernels_cpu.ipynb #e7662844
+_options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"})
+_jit = njit(**_options, inline="always")
 
-_options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"}, cache="__file__" in globals() and _can_cache())
-_jit = njit(**_options)
+class _Cache(FunctionCache):
+    "Numba's cache on disk, done without where it fails."
+    warned = False
 
-# %% ../nbs/30_kernels_cpu.ipynb #0008
-@intrinsic
-def _magnitude(typingctx, x):
-    "The bits of |x| read as an integer, which orders as |x| does."
-    def build(context, builder, signature, args):
-        word = ir.IntType(x.bitwidth)
-        return builder.and_(builder.bitcast(args[0], word), ir.Constant(word, 2 ** (x.bitwidth - 1) - 1))
-    return (types.int32 if x.bitwidth == 32 else types.int64)(x), build
+    def _attempt(self, what, *args):
+        try: return getattr(super(), what)(*args)
+        except Exception as error:
+            if not _Cache.warned:
+                warnings.warn(f"Numba's cache in {self.cache_path} does not work ({type(error).__name__}: {error}), so kernels are compiled anew; "
+                              "if it goes on, empty that folder, make room, or set NUMBA_CACHE_DIR to one that can be written")
+            _Cache.warned = True
 
-# %% ../nbs/30_kernels_cpu.ipynb #0011
-@intrinsic
-def _row(typingctx, array, offset):
-    "Address of element `offset` of a contiguous array."
-    def build(context, builder, signature, args):
-        return builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
-    return types.CPointer(array.dtype)(array, types.intp), build
+    def load_overload(self, *args): return self._attempt("load_overload", *args)
+    def save_overload(self, *args): self._attempt("save_overload", *args)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0012
-@intrinsic
-def _at(typingctx, pointer, offset):
-    "Address of element `offset` behind a pointer."
-    def build(context, builder, signature, args):
-        return builder.gep(args[0], [args[1]])
-    return pointer(pointer, types.intp), build
+def _kernel(function):
+    "Compile for calls from Python, and keep what is compiled."
+    kernel = njit(**_options)(function)
+    if "__file__" in globals():
+        try: kernel._cache = _Cache(function)
+        except RuntimeError: pass  # no folder to keep it in
+    return kernel
 
-# %% ../nbs/30_kernels_cpu.ipynb #a50070a1
+# %% ../nbs/30_kernels_cpu.ipynb #3bf4002d
+def _magnitude(x): "The bits of |x| read as an integer, which orders as |x| does."
+@overload(_magnitude)
+def _magnitude_of(x):
+    if x == types.float32: return lambda x: np.int32(np.float32(x).view(np.int32) & np.int32(0x7FFFFFFF))
+    return lambda x: np.float64(x).view(np.int64) & np.int64(0x7FFFFFFFFFFFFFFF)
+
+def _ordered(x): "The bits of x as an integer that orders as x does."
+@overload(_ordered)
+def _ordered_of(x):
+    if x == types.float32:
+        def bits(x):
+            word = np.float32(x).view(np.int32)
+            return np.int32(word ^ ((word >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    else:
+        def bits(x):
+            word = np.float64(x).view(np.int64)
+            return word ^ ((word >> np.int64(63)) & np.int64(0x7FFFFFFFFFFFFFFF))
+    return bits
+
+# %% ../nbs/30_kernels_cpu.ipynb #f89e6ba2
 @_jit
-def _keep(*arrays):
-    "Nothing; the arrays live until here."
-
-# %% ../nbs/30_kernels_cpu.ipynb #0014
-@intrinsic
-def _restrict(typingctx):
-    "The pointer arguments of the function around this do not overlap where written."
-    def build(context, builder, signature, args):
-        for argument in builder.function.args:
-            if isinstance(argument.type, ir.PointerType): argument.add_attribute("noalias")
-        return context.get_dummy_value()
-    return types.void(), build
-
-# %% ../nbs/30_kernels_cpu.ipynb #f30381e6
-@intrinsic(prefer_literal=True)
-def _first(typingctx, numbers, count):
-    "numbers[0], ..., numbers[count - 1] as a tuple."
-    def build(context, builder, signature, args):
-        return context.make_tuple(builder, signature.return_type, [builder.load(builder.gep(args[0], [ir.Constant(ir.IntType(64), j)])) for j in range(count.literal_value)])
-    return types.UniTuple(numbers.dtype, count.literal_value)(numbers, count), build
-
-# %% ../nbs/30_kernels_cpu.ipynb #a0214035
-@intrinsic(prefer_literal=True)
-def _gather(typingctx, matrix, K, which, count):
-    "Addresses of rows which[0], ..., which[count - 1] of a matrix with K columns, as a tuple."
-    def build(context, builder, signature, args):
-        places = [builder.load(builder.gep(args[2], [ir.Constant(ir.IntType(64), j)])) for j in range(count.literal_value)]
-        return context.make_tuple(builder, signature.return_type, [builder.gep(args[0], [builder.mul(place, args[1])]) for place in places])
-    return types.UniTuple(matrix, count.literal_value)(matrix, types.intp, which, count), build
-
-# %% ../nbs/30_kernels_cpu.ipynb #0016
-@_jit
-def _peak(K, c):
-    "Largest magnitude among c[:K]."
+def _peak(c):
+    "Largest magnitude in c."
     top = _magnitude(c[0])
-    for i in range(K):
-        top = max(top, _magnitude(c[i]))
+    for i in range(len(c)): top = max(top, _magnitude(c[i]))
     return top
 
-# %% ../nbs/30_kernels_cpu.ipynb #0017
+# %% ../nbs/30_kernels_cpu.ipynb #29801163
 @_jit
-def _find(K, c, top):
+def _find(c, top):
     "First i with magnitude `top`. Two vector passes, peak and find, beat one that carries the index along."
-    first = np.int32(K - 1)
-    for i in range(np.int32(K)):
+    first = np.int32(len(c) - 1)
+    for i in range(np.int32(len(c))):
         first = min(first, np.int32(i) if _magnitude(c[i]) == top else np.int32(0x7FFFFFFF))
     return np.int64(first)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0018
+# %% ../nbs/30_kernels_cpu.ipynb #b0814dae
 @_jit
-def _mix(rows, weights, i):
-    "Sum over j of weights[j] * rows[j][i]."
-    total = weights[0] * rows[0][i]
-    for j in range(1, len(rows)): total += weights[j] * rows[j][i]
-    return total
-
-# %% ../nbs/30_kernels_cpu.ipynb #0019
-@_jit
-def _subtract_rows(K, c, rows, weights):
-    "c -= sum of weights[j] * rows[j] in one pass; returns the new peak."
-    _restrict()
-    top = _magnitude(weights[0] - weights[0])
-    for i in range(K):
-        v = c[i] - _mix(rows, weights, i)
-        c[i] = v
-        top = max(top, _magnitude(v))
+def _subtract(c, gram, k, a, n):
+    "c -= sum over j < n of a[j] * gram[k[j]]; returns the new peak of c. a is zero from n on."
+    top = _magnitude(a[0] - a[0])
+    for j in range(0, n, 4):
+        g0, g1, g2, g3 = gram[k[j]], gram[k[j + 1]], gram[k[j + 2]], gram[k[j + 3]]
+        a0, a1, a2, a3 = a[j], a[j + 1], a[j + 2], a[j + 3]
+        top = _magnitude(a0 - a0)
+        for i in range(len(c)):
+            v = c[i] - (a0 * g0[i] + a1 * g1[i] + a2 * g2[i] + a3 * g3[i])
+            c[i] = v
+            top = max(top, _magnitude(v))
     return top
 
-# %% ../nbs/30_kernels_cpu.ipynb #0020
+# %% ../nbs/30_kernels_cpu.ipynb #c8116478
 @_jit
-def _subtract(K, c, g, k, a, n):
-    "c -= sum over j < n of a[j] * row k[j] of g, four rows a pass; returns the new peak of c."
-    while n > 4:
-        _subtract_rows(K, c, _gather(g, K, k, 4), _first(a, 4))
-        k, a, n = _at(k, 4), _at(a, 4), n - 4
-    if n == 1: return _subtract_rows(K, c, _gather(g, K, k, 1), _first(a, 1))
-    if n == 2: return _subtract_rows(K, c, _gather(g, K, k, 2), _first(a, 2))
-    if n == 3: return _subtract_rows(K, c, _gather(g, K, k, 3), _first(a, 3))
-    return _subtract_rows(K, c, _gather(g, K, k, 4), _first(a, 4))
-
-# %% ../nbs/30_kernels_cpu.ipynb #0025
-@_jit
-def _project(K, gram, support, n, k, S, inverse, overlap):
-    "overlap = L^-1 G[support, k], which is the projection of atom k on the support; returns its squared norm."
-    total = 0.0
-    for i in range(n):
-        s = 0.0
-        for j in range(i + 1):
-            s += inverse[i * S + j] * gram[support[j] * K + k]
-        overlap[i] = s
-        total += s * s
+def _energy(x, b):
+    "Squared norm of row b in float64."
+    row, total = x[b], 0.0
+    for m in range(len(row)): total += np.float64(row[m]) * np.float64(row[m])
     return total
 
-# %% ../nbs/30_kernels_cpu.ipynb #0d2c4549
+# %% ../nbs/30_kernels_cpu.ipynb #90566ac2
 @_jit
-def _extend(K, gram, diagonal, support, n, k, S, inverse, overlap):
-    "Append atom k to the inverse Cholesky factor [S, S]; returns rho^2."
-    left = diagonal[k] - _project(K, gram, support, n, k, S, inverse, overlap)
+def _advance(gram, support, n, k, correlation, inverse, overlap, coefficient, step):
+    """Atom k becomes number n of the support: a row more in the inverse of L, and the coefficients move by `step`.
+    Returns rho^2, alpha, the length of the move, and the squared norms of the new row of the inverse and of the coefficients."""
+    left = np.float64(gram[k, k])
+    for i in range(n):
+        s = 0.0
+        for j in range(i + 1): s += inverse[i, j] * gram[support[j], k]
+        overlap[i] = s
+        left -= s * s
     scale = 1 / np.sqrt(max(left, 1e-30))
     for j in range(n):
         s = 0.0
-        for i in range(j, n):
-            s -= overlap[i] * inverse[i * S + j]
-        inverse[n * S + j] = s * scale
-    inverse[n * S + n] = scale
-    return left
-
-# %% ../nbs/30_kernels_cpu.ipynb #0026
-@_jit
-def _contains(support, n, k):
-    for j in range(n):
-        if support[j] == k: return True
-    return False
-
-# %% ../nbs/30_kernels_cpu.ipynb #0027
-@_jit
-def _energy(M, x):
-    "Squared norm in float64."
-    total = 0.0
-    for i in range(M):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return total
-
-# %% ../nbs/30_kernels_cpu.ipynb #0028
-@_jit
-def _advance(K, gram, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step):
-    """Atom k becomes number n of the support: coefficients move by `step`.
-    Returns rho^2, alpha, the length of the move, and the squared norms of the new row of the inverse and of the coefficients."""
-    left = _extend(K, gram, diagonal, support, n, k, S, inverse, overlap)
+        for i in range(j, n): s -= overlap[i] * inverse[i, j]
+        inverse[n, j] = s * scale
+    inverse[n, n] = scale
     support[n], coefficient[n] = k, 0
-    along, moved, row2, size2 = correlation * inverse[n * S + n], 0.0, 0.0, 0.0
+    along, moved, row2, size2 = correlation * scale, 0.0, 0.0, 0.0
     for j in range(n + 1):
-        d = along * inverse[n * S + j]
-        a = coefficient[j] + d
-        coefficient[j], step[j] = a, d
+        d = along * inverse[n, j]
+        coefficient[j] += d
+        step[j] = d
         moved += abs(d)
-        row2 += inverse[n * S + j] * inverse[n * S + j]
-        size2 += a * a
+        row2 += inverse[n, j] * inverse[n, j]
+        size2 += coefficient[j] * coefficient[j]
     return left, along, moved, row2, size2
 
 # %% ../nbs/30_kernels_cpu.ipynb #0030
@@ -219,728 +158,342 @@ def _limits(signals, arithmetic):
     risky, trust, stretch, *scale = (0.01, 256.0, 1000.0, 1e-24, 1e36) if arithmetic == torch.float32 else (1e-6, 1e7, 1e8, 1e-200, 1e200)
     return _Limits(correlation_floor(signals), noise, eligible, risky, trust, stretch, 8 * noise, *scale)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0032
+# %% ../nbs/30_kernels_cpu.ipynb #49327e6f
 @_jit
+def _store(b, n, support, coefficient, doubt, indices, values, doubtful):
+    "Write the code of row b."
+    doubtful[b] = doubt
+    for j in range(indices.shape[1]):
+        indices[b, j] = support[j] if j < n else -1
+        values[b, j] = coefficient[j] if j < n else 0
+
+# %% ../nbs/30_kernels_cpu.ipynb #383dfbfa
+@_kernel
 def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
-    "OMP of rows lo..hi. The correlations are used up."
-    (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
-    numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(S + K, correlations.dtype)
-    coefficient, overlap, inverse = _row(numbers, 0), _row(numbers, S), _row(numbers, 2 * S)
-    support, step, diagonal, g = _row(whole, 0), _row(small, 0), _row(small, S), _row(gram, 0)
-    for i in range(K): diagonal[i] = g[i * K + i]
+    (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
+    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    step, overlap, coefficient, inverse = work[-1], small[0], small[1], small[2:]
     for b in range(lo, hi):
-        c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
+        energy = _energy(signals, b)
         norm = np.sqrt(energy)
-        limit, remaining, travelled, n = _magnitude(real(limits.floor * norm)), energy, 0.0, np.int64(0)
+        limit, remaining, travelled, n = _magnitude(dtype.type(limits.floor * norm)), energy, 0.0, 0
         doubt = energy != 0 and not limits.lowest < energy < limits.highest
-        top = _peak(K, c)
+        c = correlations[b]
+        for j in range(S + 3): step[j], support[j] = 0, 0
+        top = _peak(c)
         while n < S and top > limit and (remaining > tol or tol == 0) and not doubt:
-            k = _find(K, c, top)
-            if _contains(support, n, k):  # what rounding has left of an atom already picked
-                c[k] = real(0)
-                top = _peak(K, c)
+            k = _find(c, top)
+            again = False
+            for j in range(n): again |= support[j] == k
+            if again:
+                c[k] = 0
+                top = _peak(c)
                 continue
-            left, along, moved, _, _ = _advance(K, g, diagonal, support, n, k, np.float64(c[k]), S, inverse, overlap, coefficient, step)
+            left, along, moved, _, _ = _advance(gram, support, n, k, np.float64(c[k]), inverse, overlap, coefficient, step)
             n += 1
             travelled += moved
             remaining -= along * along
-            doubt = left < limits.risky * diagonal[k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
-            if n < S and not doubt: top = _subtract(K, c, g, support, step, n)
-        doubtful[b] = doubt
-        for j in range(S):
-            indices[b, j] = support[j] if j < n else -1
-            values[b, j] = coefficient[j] if j < n else 0
-    _keep(numbers, whole, small)
+            doubt = left < limits.risky * gram[k, k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
+            if n < S and not doubt: top = _subtract(c, gram, support, step, n)
+        _store(b, n, support, coefficient, doubt, indices, values, doubtful)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0034
+# %% ../nbs/30_kernels_cpu.ipynb #18aa9c92
 @_jit
-def _first_scores(K, c, score, reciprocal):
-    "score = c^2 / |d|^2; returns its peak."
-    _restrict()
-    top = _magnitude(c[0] - c[0])
-    for i in range(K):
-        s = c[i] * c[i] * reciprocal[i]
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
-# %% ../nbs/30_kernels_cpu.ipynb #35d0b1ed
-@intrinsic
-def _doubled(typingctx, x):
-    "2x for a number neither zero nor near the end of the range: one is added to the exponent, where a product would wait for the multipliers."
-    def build(context, builder, signature, args):
-        word = ir.IntType(x.bitwidth)
-        bits = builder.add(builder.bitcast(args[0], word), ir.Constant(word, 1 << (23 if x.bitwidth == 32 else 52)))
-        return builder.bitcast(bits, args[0].type)
-    return x(x), build
-
-# %% ../nbs/30_kernels_cpu.ipynb #0035
-@_jit
-def _next_scores(K, c, whole, left, score, rows, weights, along, gone, risky):
-    """Move along the direction w that the rows add up to, and return the peak of the scores.
-    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score counts twice.
-    whole: squared norms of the atoms, if w is the first direction, else None."""
-    _restrict()
-    top = _magnitude(gone - gone)
-    for i in range(K):
-        w = _mix(rows, weights, i)
-        r = c[i] - along * w
-        u = (left[i] if whole is None else whole[i]) - w * w
-        c[i] = r
-        left[i] = u
-        s = r * r / u
-        s = s if u > risky else _doubled(s)
-        s = s if u > gone else gone - gone
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
-# %% ../nbs/30_kernels_cpu.ipynb #0036
-@_jit
-def _move(K, c, diagonal, left, score, w, g, k, a, n, *rest):
-    "Take direction number n - 1, with weights a[:n] on the rows k[:n] of g, out of c and left, and score. The signs of a may be turned."
-    if n == 1: return _next_scores(K, c, diagonal, left, score, _gather(g, K, k, 1), _first(a, 1), *rest)
-    if n == 2: return _next_scores(K, c, None, left, score, _gather(g, K, k, 2), _first(a, 2), *rest)
-    if n == 3: return _next_scores(K, c, None, left, score, _gather(g, K, k, 3), _first(a, 3), *rest)
-    if n == 4: return _next_scores(K, c, None, left, score, _gather(g, K, k, 4), _first(a, 4), *rest)
-    if n == 5: return _next_scores(K, c, None, left, score, _gather(g, K, k, 5), _first(a, 5), *rest)
-    if n == 6: return _next_scores(K, c, None, left, score, _gather(g, K, k, 6), _first(a, 6), *rest)
-    if n == 7: return _next_scores(K, c, None, left, score, _gather(g, K, k, 7), _first(a, 7), *rest)
-    along, gone = rest[0], rest[1]
-    for i in range(K): w[i] = gone - gone
-    for j in range(n - 6): a[j] = -a[j]
-    _subtract(K, w, g, k, a, n - 6)
-    k, a = _at(k, n - 6), _at(a, n - 6)
-    return _next_scores(K, c, None, left, score, (w,) + _gather(g, K, k, 6), (gone / gone,) + _first(a, 6), *rest)
-
-# %% ../nbs/30_kernels_cpu.ipynb #030a8874
-@_jit
-def _plain_scores(K, c, left, score, gone):
-    "score = c^2 / left, zero where no more than `gone` is left; returns its peak."
-    _restrict()
-    top = _magnitude(gone - gone)
-    for i in range(K):
-        s = c[i] * c[i] / left[i]
-        s = s if left[i] > gone else gone - gone
-        score[i] = s
-        top = max(top, _magnitude(s))
-    return top
-
-# %% ../nbs/30_kernels_cpu.ipynb #0c7c5432
-@_jit
-def _next_rival(K, c, left, error, shrink, gone, least, after):
-    "First atom behind `after` whose score could be `least`, if c is off by up to `error` and left by up to `shrink`; K if there is none."
-    first, after = np.int32(K), np.int32(after)
-    for i in range(np.int32(K)):
-        r, u = abs(c[i]) + error, left[i]
-        j = np.int32(i) if r * r >= least * (u - shrink) else np.int32(K)
-        j = j if u + shrink > gone else np.int32(K)
-        first = min(first, j if np.int32(i) > after else np.int32(K))
-    return np.int64(first)
-
-# %% ../nbs/30_kernels_cpu.ipynb #b0dd6185
-@_jit
-def _amplification(K, gram, support, n, i, S, inverse, overlap):
-    "1 + |z|^2, z the coefficients of atom i on the support."
-    _project(K, gram, support, n, i, S, inverse, overlap)
-    total = 1.0
-    for j in range(n):
-        z = 0.0
-        for m in range(j, n): z += overlap[m] * inverse[m * S + j]
-        total += z * z
-    return total
-
-# %% ../nbs/30_kernels_cpu.ipynb #a760b67e
-@_jit
-def _certain(real, K, c, left, k, gram, support, n, S, inverse, overlap, spread, size, noise, eligible):
-    "Is the score of atom k the largest, whatever rounding has done? spread: 1 + |L^-1|^2; size: root of |x|^2 + |a|^2. Marks the support in `left`."
-    for j in range(n): left[support[j]] = real(-1)  # no rivals
-    grown = _amplification(K, gram, support, n, k, S, inverse, overlap)
-    if left[k] - noise * grown <= eligible: return False
-    least = max(abs(c[k]) - noise * np.sqrt(grown) * size, 0.0) ** 2 / (left[k] + noise * grown)
-    error, shrink, i = real(noise * np.sqrt(spread) * size), real(noise * spread), np.int64(-1)
-    while True:
-        i = _next_rival(K, c, left, error, shrink, real(eligible), real(least), i)
-        if i == K: return True
-        if i == k: continue
-        grown = _amplification(K, gram, support, n, i, S, inverse, overlap)
-        most = (abs(c[i]) + noise * np.sqrt(grown) * size) ** 2
-        if most >= least * (left[i] - noise * grown) and left[i] + noise * grown > eligible: return False
-
-# %% ../nbs/30_kernels_cpu.ipynb #0038
-@_jit
-def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
-    "ORMP of rows lo..hi. The correlations are used up."
-    (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
-    numbers, whole, small = np.empty(2 * S + S * S), np.empty(S, np.int64), np.empty(5 * K + S + 16, correlations.dtype)
-    coefficient, overlap, inverse = _row(numbers, 0), _row(numbers, S), _row(numbers, 2 * S)
-    support, diagonal, g = _row(whole, 0), _row(small, -small.ctypes.data // small.itemsize % 16), _row(gram, 0)  # on a cache line
-    reciprocal, left, score, w, step = _at(diagonal, K), _at(diagonal, 2 * K), _at(diagonal, 3 * K), _at(diagonal, 4 * K), _at(diagonal, 5 * K)
-    for i in range(K):
-        diagonal[i] = g[i * K + i]
-        reciprocal[i] = 1 / diagonal[i]
-    for b in range(lo, hi):
-        c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
-        norm, least = np.sqrt(energy), limits.floor * limits.floor * energy
-        remaining, spread, size2, n = energy, 1.0, 0.0, np.int64(0)
-        doubt = energy != 0 and not limits.lowest < energy < limits.highest
-        top = _first_scores(K, c, score, reciprocal)
-        while n < S and top > 0 and (remaining > tol or tol == 0) and not doubt:
-            k = _find(K, score, top)
-            if score[k] <= least: break
-            if n > 0 and (spread * (energy + size2) > limits.trust * energy or left[k] <= limits.risky):
-                size, risky = np.sqrt(energy + size2), left[k] <= limits.risky
-                doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
-                if doubt and risky:  # perhaps it is first because it counted twice
-                    k = _find(K, score, _plain_scores(K, c, left, score, real(limits.eligible)))
-                    doubt = not _certain(real, K, c, left, k, g, support, n, S, inverse, overlap, spread, size, limits.noise, limits.eligible)
-            correlation = np.float64(c[k])
-            doubt |= abs(correlation) <= limits.noise * norm
-            if doubt: break
-            _, along, _, row2, size2 = _advance(K, g, diagonal, support, n, k, correlation, S, inverse, overlap, coefficient, step)
-            n += 1
-            spread += row2
-            remaining -= along * along
-            doubt = spread > limits.stretch or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
-            if n < S and not doubt:
-                for j in range(n): step[j] = inverse[(n - 1) * S + j]
-                top = _move(K, c, diagonal, left, score, w, g, support, step, n, real(along), real(limits.eligible), real(limits.risky))
-        doubtful[b] = doubt
-        for j in range(S):
-            indices[b, j] = support[j] if j < n else -1
-            values[b, j] = coefficient[j] if j < n else 0
-    _keep(numbers, whole, small)
-
-# %% ../nbs/30_kernels_cpu.ipynb #0040
-@_jit
-def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
-    "Plain matching pursuit of rows lo..hi, each atom at most once. The correlations are used up."
-    (S, K), M, real = (indices.shape[1], correlations.shape[1]), signals.shape[1], correlations.dtype.type
-    work = np.empty(2 * K, correlations.dtype)
-    score, norms, g = _row(work, 0), _row(work, K), _row(gram, 0)
-    for i in range(K): norms[i] = np.sqrt(g[i * K + i])
-    for b in range(lo, hi):
-        c, energy = _row(correlations, b * K), _energy(M, _row(signals, b * M))
-        threshold, remaining, n = real(limits.floor * np.sqrt(energy)), energy, 0
-        doubt = energy != 0 and not limits.lowest < energy < limits.highest
-        while n < S and (remaining > tol or tol == 0) and not doubt:
-            for i in range(K):
-                size = abs(c[i])
-                score[i] = size if size > threshold * norms[i] else real(0)
-            for j in range(n): score[indices[b, j]] = real(0)
-            top = _peak(K, score)
-            if top == 0: break
-            k = _find(K, score, top)
-            value = np.float64(c[k]) / np.float64(g[k * K + k])
-            indices[b, n], values[b, n] = k, value
-            remaining -= value * c[k]
-            doubt = tol > 0 and abs(remaining - tol) < limits.blur * energy
-            n += 1
-            if n < S: _subtract_rows(K, c, (_at(g, k * K),), (real(value),))
-        doubtful[b] = doubt
-        for j in range(n, S): indices[b, j], values[b, j] = -1, 0
-    _keep(work)
-
-# %% ../nbs/30_kernels_cpu.ipynb #0046
-_LANES = 64
-
-# %% ../nbs/30_kernels_cpu.ipynb #0047
-@_jit
-def _lane_dots(first, out, r, d0, d1, d2, d3):
-    "out (+)= d0 r[0] + d1 r[1] + d2 r[2] + d3 r[3] in every lane."
-    L = _LANES
-    if first:
-        for l in range(L): out[l] = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
-    else:
-        for l in range(L): out[l] += (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
-
-# %% ../nbs/30_kernels_cpu.ipynb #0048
-@_jit
-def _lane_correlation(M, out, r, d):
-    "out = <d, r> in every lane, M a multiple of 4."
-    for m in range(0, M, 4):
-        _lane_dots(m == 0, out, _at(r, m * _LANES), d[m], d[m + 1], d[m + 2], d[m + 3])
-
-# %% ../nbs/30_kernels_cpu.ipynb #0049
-@_jit
-def _lane_best_two(r, c, d, e, k, best, pick):
-    "Where atom k (tail d) or k + 1 (tail e) has the larger |correlation|, take it. c: products over earlier dimensions, None if there are none."
-    _restrict()
-    L = _LANES
-    d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
-    for l in range(L):
-        a = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
-        b = (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
-        if c is not None: a, b = a + c[l], b + c[L + l]
-        a, b, top, p = abs(a), abs(b), best[l], pick[l]
-        p = k if a > top else p
-        top = a if a > top else top
-        pick[l] = k + 1 if b > top else p
-        best[l] = b if b > top else top
-
-# %% ../nbs/30_kernels_cpu.ipynb #0051
-@_jit
-def _lane_best_fractions(r, c, q, p, d, e, whole, gone, k, left, num, den, pick):
-    """Where atom k (tail d) or k + 1 (tail e) has the larger correlation^2 / left, take it; the best so far is num / den.
-    q: the last direction, None in the first step. c, p: products with r and q over earlier dimensions, None if there are none.
-    whole: squared norms of the two atoms while nothing has been taken out of them but this, None later."""
-    _restrict()
-    L = _LANES
-    d0, d1, d2, d3, e0, e1, e2, e3 = d[0], d[1], d[2], d[3], e[0], e[1], e[2], e[3]
-    for l in range(L):
-        a = (d0 * r[l] + d1 * r[L + l]) + (d2 * r[2 * L + l] + d3 * r[3 * L + l])
-        b = (e0 * r[l] + e1 * r[L + l]) + (e2 * r[2 * L + l] + e3 * r[3 * L + l])
-        u, v = whole if whole is not None else (left[l], left[L + l])
-        if c is not None: a, b = a + c[l], b + c[L + l]
-        if q is not None:
-            s = (d0 * q[l] + d1 * q[L + l]) + (d2 * q[2 * L + l] + d3 * q[3 * L + l])
-            t = (e0 * q[l] + e1 * q[L + l]) + (e2 * q[2 * L + l] + e3 * q[3 * L + l])
-            if p is not None: s, t = s + p[l], t + p[L + l]
-            u, v = u - s * s, v - t * t
-            u, v = (u if u > gone else np.inf), (v if v > gone else np.inf)
-            left[l], left[L + l] = u, v
-        a, b = a * a, b * b
-        top, under, best = num[l], den[l], pick[l]
-        better = a * under > top * u
-        top, under, best = (a if better else top), (u if better else under), (k if better else best)
-        better = b * under > top * v
-        num[l], den[l], pick[l] = (b if better else top), (v if better else under), (k + 1 if better else best)
-
-# %% ../nbs/30_kernels_cpu.ipynb #0053
-@_jit
-def _lane_select(recursive, wide, n, M, K, atoms, norms, r, q, limit, left, gone, work, pick):
-    "The best atom of every lane, -1 where none exceeds the limit. q: direction number n - 1, to be taken out of `left`."
-    L = _LANES
-    best, den, c, p = work, _at(work, L), _at(work, 2 * L), _at(work, 4 * L)
-    for l in range(L): pick[l], den[l] = -1, 1
-    for l in range(L): best[l] = limit[l]
-    if recursive is not None:
-        for l in range(L): best[l] *= best[l]
-    r_tail, q_tail = _at(r, (M - 4) * L), _at(q, (M - 4) * L)
-    for k in range(0, K, 2):
-        d, e, u, whole = _at(atoms, k * M), _at(atoms, (k + 1) * M), _at(left, k * L), (norms[k], norms[k + 1])
-        if wide is None:
-            if recursive is None: _lane_best_two(r, None, d, e, k, best, pick)
-            elif n == 0: _lane_best_fractions(r, None, None, None, d, e, whole, gone, k, u, best, den, pick)
-            elif n == 1: _lane_best_fractions(r, None, q, None, d, e, whole, gone, k, u, best, den, pick)
-            else: _lane_best_fractions(r, None, q, None, d, e, None, gone, k, u, best, den, pick)
+def _combine(w, gram, k, a, n):
+    "w = sum over j < n of a[j] * gram[k[j]]. a is zero from n on."
+    for j in range(0, n, 4):
+        g0, g1, g2, g3 = gram[k[j]], gram[k[j + 1]], gram[k[j + 2]], gram[k[j + 3]]
+        a0, a1, a2, a3 = a[j], a[j + 1], a[j + 2], a[j + 3]
+        if j == 0:
+            for i in range(len(w)): w[i] = a0 * g0[i] + a1 * g1[i] + a2 * g2[i] + a3 * g3[i]
         else:
-            _lane_correlation(M - 4, c, r, d)
-            _lane_correlation(M - 4, _at(c, L), r, e)
-            d_tail, e_tail = _at(d, M - 4), _at(e, M - 4)
-            if recursive is None: _lane_best_two(r_tail, c, d_tail, e_tail, k, best, pick)
-            elif n == 0: _lane_best_fractions(r_tail, c, None, None, d_tail, e_tail, whole, gone, k, u, best, den, pick)
-            else:
-                _lane_correlation(M - 4, p, q, d)
-                _lane_correlation(M - 4, _at(p, L), q, e)
-                if n == 1: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, whole, gone, k, u, best, den, pick)
-                else: _lane_best_fractions(r_tail, c, q_tail, p, d_tail, e_tail, None, gone, k, u, best, den, pick)
+            for i in range(len(w)): w[i] += a0 * g0[i] + a1 * g1[i] + a2 * g2[i] + a3 * g3[i]
 
-# %% ../nbs/30_kernels_cpu.ipynb #0054
+# %% ../nbs/30_kernels_cpu.ipynb #e7cadb2d
 @_jit
-def _lane_dot(M, out, a, b):
-    "out = <a, b> in every lane."
-    L = _LANES
-    for l in range(L): out[l] = a[l] * b[l]
-    for m in range(1, M):
-        for l in range(L): out[l] += a[m * L + l] * b[m * L + l]
-
-# %% ../nbs/30_kernels_cpu.ipynb #0055
-@_jit
-def _lane_remove(M, a, dot, b):
-    "a -= dot * b in every lane."
-    L = _LANES
-    for m in range(M):
-        for l in range(L): a[m * L + l] -= dot[l] * b[m * L + l]
-
-# %% ../nbs/30_kernels_cpu.ipynb #0056
-@_jit
-def _lane_orthogonalise(M, S, n, basis, triangle, dot):
-    "Vector n of the basis minus its projections on vectors 0..n-1, twice; the coefficients go into column n of the triangle."
-    L = _LANES
-    q = _at(basis, n * M * L)
-    for twice in range(2):
-        for j in range(n):
-            t = _at(triangle, (j * S + n) * L)
-            _lane_dot(M, dot, _at(basis, j * M * L), q)
-            _lane_remove(M, q, dot, _at(basis, j * M * L))
-            for l in range(L): t[l] = dot[l] if twice == 0 else t[l] + dot[l]
-
-# %% ../nbs/30_kernels_cpu.ipynb #0057
-@_jit
-def _lane_rows(recursive, wide, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
-    "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K + 1, M]: float64, padded, the last one zero."
-    L, S, K, M, size = _LANES, indices.shape[1], atoms.shape[0] - 1, atoms.shape[1], signals.shape[1]
-    numbers, whole = np.zeros(L * (M + S * M + S + S * S + 10 + (0 if recursive is None else K)) + K), np.zeros(L * (S + 1), np.int64)
-    r, d = _row(numbers, 0), _row(atoms, 0)
-    basis = _at(r, L * M)
-    along = _at(basis, L * S * M)
-    triangle = _at(along, L * S)
-    limit = _at(triangle, L * S * S)
-    noise, dot, length, work, left = _at(limit, L), _at(limit, 2 * L), _at(limit, 3 * L), _at(limit, 4 * L), _at(limit, 10 * L)
-    norms, pick, support = _row(numbers, len(numbers) - K), _row(whole, 0), _row(whole, L)
-    for k in range(K):  # squared; what is no atom has an infinite one, and is never picked
-        norm2 = _energy(M, _at(d, k * M))
-        norms[k] = norm2 if norm2 > limits.eligible else np.inf
-    for start in range(lo, hi, L):
-        rows, steps = min(L, hi - start), 0
-        for l in range(L * M): r[l] = 0
-        for l in range(rows):
-            for m in range(size): r[m * L + l] = signals[start + l, m]
-        _lane_dot(M, dot, r, r)
-        for l in range(L): limit[l] = limits.floor * np.sqrt(dot[l])
-        for l in range(L): noise[l] = limits.noise * limits.noise * dot[l]
-        for l in range(rows): doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
-        for n in range(S):
-            _lane_dot(M, dot, r, r)
-            alive = 0
-            for l in range(L):  # |<d, r>| <= |r|: a signal this small is done, and so is one within tol
-                limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
-                alive += limit[l] < np.inf
-            if alive == 0: break
-            _lane_select(recursive, wide, n, M, K, d, norms, r, _at(basis, max(n - 1, 0) * M * L), limit, left, limits.eligible, work, pick)
-            q, steps = _at(basis, n * M * L), n + 1
-            for l in range(L):
-                support[n * L + l] = pick[l]
-                limit[l] = limit[l] if pick[l] >= 0 else np.inf
-            for l in range(L):
-                chosen = _at(d, (pick[l] if pick[l] >= 0 else K) * M)  # row K is zero
-                for m in range(M): q[m * L + l] = chosen[m]
-            _lane_orthogonalise(M, S, n, basis, triangle, dot)
-            _lane_dot(M, length, q, q)
-            for l in range(rows):
-                if length[l] <= limits.eligible and pick[l] >= 0: doubtful[start + l] = True
-            t = _at(triangle, (n * S + n) * L)  # holds 1 / length
-            for l in range(L): t[l] = 1 / np.sqrt(length[l] if length[l] > limits.eligible else 1.0)
-            for m in range(M):
-                for l in range(L): q[m * L + l] *= t[l]
-            _lane_dot(M, dot, q, r)
-            _lane_remove(M, r, dot, q)
-            for l in range(L): along[n * L + l] = dot[l]
-            if recursive is not None:
-                for l in range(rows):  # the correlation of the atom was rounding
-                    if dot[l] * dot[l] * length[l] <= noise[l] and pick[l] >= 0: doubtful[start + l] = True
-        for i in range(steps - 1, -1, -1):
-            for j in range(i + 1, steps):
-                for l in range(L): along[i * L + l] -= triangle[(i * S + j) * L + l] * along[j * L + l]
-            for l in range(L): along[i * L + l] *= triangle[(i * S + i) * L + l]
-        for i in range(steps * L, S * L): support[i], along[i] = -1, 0
-        for n in range(S):
-            for l in range(rows): indices[start + l, n], values[start + l, n] = support[n * L + l], along[n * L + l]
-    _keep(numbers, whole)
-
-# %% ../nbs/30_kernels_cpu.ipynb #0060
-@_jit
-def _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible):
-    "Take atom k as number n of signal b; returns what is left of it outside the support, and takes nothing if that is no more than `eligible`."
-    M, K = dictionary.shape
-    d, r = _row(dictionary, k), _row(residual, b * M)
-    if rule == 2:
-        dot, norm2 = 0.0, 0.0
-        for m in range(M):
-            dot += r[m] * np.float64(d[m * K])
-            norm2 += np.float64(d[m * K])**2
-        along[b, n] = dot / norm2
-        for m in range(M): r[m] -= along[b, n] * np.float64(d[m * K])
-        return np.inf
-    q = _row(basis, (b * basis.shape[1] + n) * M)
-    for m in range(M): q[m] = d[m * K]
-    for j in range(n): triangle[b, j, n] = 0
-    for twice in range(2):
-        for j in range(n):
-            p, dot = _row(basis, (b * basis.shape[1] + j) * M), 0.0
-            for m in range(M): dot += p[m] * q[m]
-            for m in range(M): q[m] -= dot * p[m]
-            triangle[b, j, n] += dot
-    norm2, dot = _energy(M, q), 0.0
-    if norm2 <= eligible:
-        for m in range(M): q[m] = 0
-        return norm2
-    length = np.sqrt(norm2)
-    for m in range(M):
-        q[m] /= length
-        dot += q[m] * r[m]
-    for m in range(M): r[m] -= dot * q[m]
-    triangle[b, n, n], along[b, n] = length, dot
-    return norm2
-
-# %% ../nbs/30_kernels_cpu.ipynb #61a0c3d1
-@_jit
-def _sizes(K, c, norms, least):
-    "c = |c|, zero where no more than least * norms; returns the peak."
-    _restrict()
-    top = _magnitude(least - least)
-    for i in range(K):
-        size = abs(c[i])
-        size = size if size > least * norms[i] else least - least
-        c[i] = size
-        top = max(top, _magnitude(size))
-    return top
-
-# %% ../nbs/30_kernels_cpu.ipynb #61b7e2f4
-@_jit
-def _moved_scores(K, c, left, w, along, least, eligible):
-    """Move along a direction on which the atoms have projections w; then w = c^2 / left, zero where that is no more than least^2
-    or no more than `eligible` is left. Returns the peak."""
-    _restrict()
-    top = _magnitude(least - least)
-    for i in range(K):
+def _move(c, left, score, w, along, gone, risky):
+    """Move along the direction w, and return the peak of the scores.
+    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score counts twice."""
+    top = _magnitude(gone - gone)
+    for i in range(len(c)):
         r = c[i] - along * w[i]
         u = left[i] - w[i] * w[i]
         c[i] = r
         left[i] = u
         s = r * r / u
-        s = s if s > least * least else least - least
-        s = s if u > eligible else least - least
-        w[i] = s
+        s = s if u > risky else s + s
+        s = s if u > gone else gone - gone
+        score[i] = s
         top = max(top, _magnitude(s))
     return top
 
-# %% ../nbs/30_kernels_cpu.ipynb #61c9d8a2
+# %% ../nbs/30_kernels_cpu.ipynb #3972ed0a
 @_jit
-def _block_scores(rule, K, w, c, left, along, norms, bonus, weight, least, eligible, support, n, first):
-    "Scores of K atoms from number `first` on, in place of w: correlations, or for ORMP projections on the last direction. The support scores zero. Returns the peak."
-    if rule == 1: top = _moved_scores(K, c, left, w, along, least, eligible)
-    else: top = _sizes(K, w, norms, least)
-    if bonus.shape[0] > 0:
-        more = _row(bonus, first)
-        for i in range(K):
-            size = np.sqrt(w[i]) if rule == 1 else w[i]
-            w[i] = size + weight * more[i] if size > 0 else least - least
-        top = _peak(K, w)
+def _rivals(c, left, least, error, shrink, gone):
+    "How many atoms could score `least`, if correlations are off by up to `error` and left by up to `shrink`."
+    rivals = np.int32(0)
+    for i in range(len(c)):
+        r = abs(c[i]) + error
+        could = np.int32(1) if r * r >= least * (left[i] - shrink) else np.int32(0)
+        rivals += could if left[i] + shrink > gone else np.int32(0)
+    return rivals
+
+# %% ../nbs/30_kernels_cpu.ipynb #e0d16bb0
+@njit(**_options)
+def _amplification(gram, support, n, i, inverse):
+    "1 + |z|^2, z the coefficients of atom i on the support: z = L^-T L^-1 G[support, i]."
+    total = 1.0
     for j in range(n):
-        k = support[j] - first
-        if 0 <= k and k < K:
-            taken = _magnitude(w[k]) == top and top > 0
-            w[k] = least - least
-            if taken: top = _peak(K, w)
-    return top
+        z = 0.0
+        for m in range(j, n):
+            s = 0.0
+            for l in range(m + 1): s += inverse[m, l] * gram[support[l], i]
+            z += s * inverse[m, j]
+        total += z * z
+    return total
 
-# %% ../nbs/30_kernels_cpu.ipynb #61d4b6e8
-@_jit
-def _score_rows(rule, n, moves, first, projections, correlations, left, along, norms, bonus, scale, limit, eligible, active, indices, top, pick, lo, hi):
-    "Scores of rows lo..hi, with the atoms from number `first` on. The best of every row so far are kept in `top` and `pick`."
-    width, S, real = projections.shape[1], indices.shape[1], projections.dtype.type
+# %% ../nbs/30_kernels_cpu.ipynb #0f8a0f33
+@njit(**_options)
+def _certain(c, left, k, gram, support, n, inverse, spread, size, noise, eligible):
+    "Is the score of atom k the largest, whatever rounding has done? spread: 1 + |L^-1|^2; size: root of |x|^2 + |a|^2. Marks the support in `left`."
+    for j in range(n): left[support[j]] = -1  # no rivals
+    grown = _amplification(gram, support, n, k, inverse)
+    if left[k] - noise * grown <= eligible: return False
+    least = max(abs(c[k]) - noise * np.sqrt(grown) * size, 0.0) ** 2 / (left[k] + noise * grown)
+    real = c.dtype.type
+    if _rivals(c, left, real(least), real(noise * np.sqrt(spread) * size), real(noise * spread), real(eligible)) == 1: return True  # k itself
+    for i in range(len(c)):
+        if i != k and (abs(c[i]) + noise * np.sqrt(spread) * size) ** 2 >= least * (left[i] - noise * spread) and left[i] + noise * spread > eligible:
+            grown = _amplification(gram, support, n, i, inverse)
+            if (abs(c[i]) + noise * np.sqrt(grown) * size) ** 2 >= least * (left[i] - noise * grown) and left[i] + noise * grown > eligible: return False
+    return True
+
+# %% ../nbs/30_kernels_cpu.ipynb #76842378
+@_kernel
+def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
+    (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
+    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    left, score, w, diagonal = work[0, :K], work[1, :K], work[2, :K], work[3, :K]
+    step, overlap, coefficient, inverse = work[-1], small[0], small[1], small[2:]
+    gone, risky = dtype.type(limits.eligible), dtype.type(limits.risky)
+    for i in range(K): diagonal[i] = gram[i, i]
     for b in range(lo, hi):
-        if not active[b]: continue
-        w, step, place = _row(projections, b * width), real(0), first * correlations.shape[1] + b * correlations.shape[2]
-        c, u = _row(correlations, place), _row(left, place)
-        if rule == 1:
-            if moves: step = real(along[b, n - 1])
-            else:
-                for i in range(width): c[i], w[i] = w[i], step
-        best = _block_scores(rule, width, w, c, u, step, _row(norms, first), bonus, real(scale[b]), real(limit[b]), real(eligible), _row(indices, b * S), n, first)
-        if best > _magnitude(top[b]):
-            k = _find(width, w, best)
-            top[b], pick[b] = w[k], first + k
+        energy = _energy(signals, b)
+        norm, least = np.sqrt(energy), limits.floor * limits.floor * energy
+        remaining, spread, size2, n = energy, 1.0, 0.0, 0
+        doubt = energy != 0 and not limits.lowest < energy < limits.highest
+        top, c = _magnitude(gone - gone), correlations[b]
+        for i in range(K):
+            r, u = c[i], diagonal[i]
+            left[i] = u
+            s = r * r / u
+            score[i] = s
+            top = max(top, _magnitude(s))
+        for j in range(S + 3): step[j], support[j] = 0, 0
+        while n < S and top > 0 and (remaining > tol or tol == 0) and not doubt:
+            k = _find(score, top)
+            if score[k] <= least: break
+            if n > 0 and (spread * (energy + size2) > limits.trust * energy or left[k] <= risky):
+                doubled, size = left[k] <= risky, np.sqrt(energy + size2)
+                doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size, limits.noise, limits.eligible)
+                if doubt and doubled:  # perhaps it is first because it counted twice
+                    w[:] = 0
+                    k = _find(score, _move(c, left, score, w, w[0], gone, gone))
+                    doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size, limits.noise, limits.eligible)
+            doubt |= abs(c[k]) <= limits.noise * norm
+            if doubt: break
+            _, along, _, row2, size2 = _advance(gram, support, n, k, np.float64(c[k]), inverse, overlap, coefficient, step)
+            n += 1
+            spread += row2
+            remaining -= along * along
+            doubt = spread > limits.stretch or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
+            if n < S and not doubt:
+                for j in range(n): step[j] = inverse[n - 1, j]
+                _combine(w, gram, support, step, n)
+                top = _move(c, left, score, w, dtype.type(along), gone, risky)
+        _store(b, n, support, coefficient, doubt, indices, values, doubtful)
 
-# %% ../nbs/30_kernels_cpu.ipynb #61f5a7c6
-@_jit
-def _take_rows(rule, n, correlations, left, norms, bonus, scale, limit, noise, dictionary, residual, basis, triangle, along, eligible, risky, active, indices, doubtful, top, pick, lo, hi):
-    "Take the best atoms of rows lo..hi as number n. Where one is of no use, all scores of the row are computed again, for the next best."
-    (M, K), S, real, (_, rows, width) = dictionary.shape, indices.shape[1], correlations.dtype.type, correlations.shape
-    scores = np.empty(K, correlations.dtype)
-    w = _row(scores, 0)
+# %% ../nbs/30_kernels_cpu.ipynb #6ab7127f
+@_kernel
+def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
+    (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
+    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    score, norms = work[0, :K], work[1, :K]
+    for i in range(K): norms[i] = np.sqrt(gram[i, i])
     for b in range(lo, hi):
-        if not active[b] or not top[b] > 0: continue
-        k, fresh, r = pick[b], False, _row(residual, b * M)
-        while True:
-            if rule == 1 and abs(correlations[k // width, b, k % width]) <= noise[b]:
-                doubtful[b] = True
-            else:
-                outside = _accept(rule, b, n, k, dictionary, residual, basis, triangle, along, eligible)
-                if outside < risky: doubtful[b] = True
-                if outside > eligible:
-                    indices[b, n] = k
-                    break
-            if not fresh:
-                for i in range(K): w[i] = real(0)
-                if rule != 1:
-                    for m in range(M): _subtract_rows(K, w, (_row(dictionary, m * K),), (real(-r[m]),))
-                for first in range(0, K, width):
-                    place = first * rows + b * width
-                    _block_scores(rule, min(width, K - first), _at(w, first), _row(correlations, place), _row(left, place), real(0), _row(norms, first), bonus, real(scale[b]), real(limit[b]), real(eligible), _row(indices, b * S), n, first)
-                fresh = True
-            w[k] = real(0)
-            peak = _peak(K, w)
-            if peak == 0: break
-            k = _find(K, w, peak)
-    _keep(scores)
+        energy, n = _energy(signals, b), 0
+        threshold, remaining = dtype.type(limits.floor * np.sqrt(energy)), energy
+        doubt = energy != 0 and not limits.lowest < energy < limits.highest
+        c = correlations[b]
+        while n < S and (remaining > tol or tol == 0) and not doubt:
+            for i in range(K): score[i] = abs(c[i]) if abs(c[i]) > threshold * norms[i] else dtype.type(0)
+            for j in range(n): score[indices[b, j]] = 0
+            top = _peak(score)
+            if top == 0: break
+            k = _find(score, top)
+            value = np.float64(c[k]) / np.float64(gram[k, k])
+            indices[b, n], values[b, n] = k, value
+            remaining -= value * c[k]
+            doubt = tol > 0 and abs(remaining - tol) < limits.blur * energy
+            n += 1
+            if n < S:
+                a = dtype.type(value)
+                g = gram[k]
+                for i in range(K): c[i] -= a * g[i]
+        doubtful[b] = doubt
+        for j in range(n, S): indices[b, j], values[b, j] = -1, 0
 
-# %% ../nbs/30_kernels_cpu.ipynb #0062
+# %% ../nbs/30_kernels_cpu.ipynb #838a386a
+_L = 64                                                                     # lanes
+_Q, _TOP, _UNDER, _PICK = 4 * _L, 8 * _L, 9 * _L, 10 * _L                       # places in w; the residual is at 0
+
+# %% ../nbs/30_kernels_cpu.ipynb #209d0809
 @_jit
-def _replay_rows(rule, n, dictionary, residual, basis, triangle, along, indices, lo, hi):
-    "Rebuild the state of rows lo..hi from their first n atoms."
-    for b in range(lo, hi):
-        for j in range(n):
-            if indices[b, j] >= 0: _accept(rule, b, j, indices[b, j], dictionary, residual, basis, triangle, along, -1.0)
+def _lane_best(w, atoms):
+    "Where an atom has the largest |correlation| so far, take it; two atoms a time."
+    for k in range(0, len(atoms), 2):
+        d0, d1, d2, d3 = atoms[k, 0], atoms[k, 1], atoms[k, 2], atoms[k, 3]
+        e0, e1, e2, e3 = atoms[k + 1, 0], atoms[k + 1, 1], atoms[k + 1, 2], atoms[k + 1, 3]
+        for l in range(_L):
+            r0, r1, r2, r3, top, pick = w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l], w[_TOP + l], w[_PICK + l]
+            a, b = abs(d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3), abs(e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3)
+            pick = k if a > top else pick
+            top = a if a > top else top
+            w[_PICK + l] = k + 1 if b > top else pick
+            w[_TOP + l] = b if b > top else top
 
-# %% ../nbs/30_kernels_cpu.ipynb #0063
+# %% ../nbs/30_kernels_cpu.ipynb #31ea75d8
 @_jit
-def _solve_rows(rule, triangle, along, indices, scale, values, lo, hi):
-    "Coefficients of rows lo..hi from their projections on the basis, by back substitution."
-    S = indices.shape[1]
-    for b in range(lo, hi):
-        n = 0
-        while n < S and indices[b, n] >= 0: n += 1
-        for i in range(n - 1, -1, -1):
-            if rule != 2:
-                for j in range(i + 1, n): along[b, i] -= triangle[b, i, j] * along[b, j]
-                along[b, i] /= triangle[b, i, i]
-            values[b, i] = along[b, i] / scale[b]
-        for i in range(n, S): values[b, i] = 0
+def _lane_best_fraction(w, left, atoms, norms, n, gone):
+    "Where an atom has the largest correlation^2 / left so far, take it; the last direction is first taken out of `left`."
+    for k in range(0, len(atoms), 2):
+        d0, d1, d2, d3 = atoms[k, 0], atoms[k, 1], atoms[k, 2], atoms[k, 3]
+        e0, e1, e2, e3 = atoms[k + 1, 0], atoms[k + 1, 1], atoms[k + 1, 2], atoms[k + 1, 3]
+        pair = left[k * _L:(k + 2) * _L]
+        if n == 0:
+            for l in range(_L): pair[l], pair[_L + l] = norms[k], norms[k + 1]
+        for l in range(_L):
+            r0, r1, r2, r3, top, under, pick = w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l], w[_TOP + l], w[_UNDER + l], w[_PICK + l]
+            q0, q1, q2, q3 = w[_Q + l], w[_Q + _L + l], w[_Q + 2 * _L + l], w[_Q + 3 * _L + l]
+            a, b = d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3, e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3
+            s, t = d0 * q0 + d1 * q1 + d2 * q2 + d3 * q3, e0 * q0 + e1 * q1 + e2 * q2 + e3 * q3
+            u, v = pair[l] - s * s, pair[_L + l] - t * t
+            u, v, a, b = (u if u > gone else np.inf), (v if v > gone else np.inf), a * a, b * b
+            pair[l], pair[_L + l] = u, v
+            better = a * under > top * u
+            top, under, pick = (a if better else top), (u if better else under), (k if better else pick)
+            better = b * under > top * v
+            w[_TOP + l] = b if better else top
+            w[_UNDER + l] = v if better else under
+            w[_PICK + l] = k + 1 if better else pick
 
-# %% ../nbs/30_kernels_cpu.ipynb #61be2e25
-@intrinsic
-def _pack(typingctx, args):
-    "Address of a tuple, as long as the function around this runs: a parallel loop takes no tuple inside a tuple."
-    def build(context, builder, signature, values):
-        place = cgutils.alloca_once(builder, context.get_data_type(args))
-        context.pack_value(builder, args, values[0], place)
-        return place
-    return types.CPointer(args)(args), build
+# %% ../nbs/30_kernels_cpu.ipynb #20e5f440
+@_jit
+def _lane_dot(out, o, a, i, b, j):
+    "out[o:] = <a[i:], b[j:]> in every lane."
+    for l in range(_L): out[o + l] = (a[i + l] * b[j + l] + a[i + _L + l] * b[j + _L + l]
+                                      + a[i + 2 * _L + l] * b[j + 2 * _L + l] + a[i + 3 * _L + l] * b[j + 3 * _L + l])
 
-@intrinsic
-def _call(typingctx, address, packed, lo, hi):
-    "Call the compiled kernel at an address as kernel(*args, lo, hi); the types must be those it was compiled for. 1 if it failed, else 0."
-    kinds = (*packed.dtype.types, lo, hi)
-    def build(context, builder, signature, values):
-        kernel = builder.inttoptr(values[0], context.call_conv.get_function_type(types.void, kinds).as_pointer())
-        args = cgutils.unpack_tuple(builder, context.unpack_value(builder, packed.dtype, values[1]))
-        status, _ = context.call_conv.call_function(builder, kernel, types.void, kinds, [*args, *values[2:]])
-        return builder.zext(status.is_error, ir.IntType(64))
-    return types.int64(address, packed, lo, hi), build
+# %% ../nbs/30_kernels_cpu.ipynb #c47b99c6
+@_jit
+def _lane_remove(a, i, dot, b, j):
+    "a[i:] -= dot * b[j:] in every lane."
+    for m in range(4):
+        for l in range(_L): a[i + m * _L + l] -= dot[l] * b[j + m * _L + l]
 
-_only_prange = dict(prange=True, comprehension=False, reduction=False, inplace_binop=False, setitem=False, numpy=False, stencil=False, fusion=False)  # compiles faster
+# %% ../nbs/30_kernels_cpu.ipynb #ad3ab660
+@_kernel
+def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
+    "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K, 4] float64, an even number of them."
+    S, K, M = indices.shape[1], len(atoms), signals.shape[1]
+    w, q, along, left = np.zeros(11 * _L), np.empty(4 * _L), np.empty(S * _L), np.empty(K * _L)
+    basis, triangle = np.empty(S * 4 * _L), np.empty(S * S * _L)
+    limit, dot, length, support, norms = np.empty(_L), np.empty(_L), np.empty(_L), np.empty(S * _L), np.empty(K)
+    for k in range(K):  # squared; what is no atom has an infinite one, and is never picked
+        norm2 = _energy(atoms, k)
+        norms[k] = norm2 if norm2 > limits.eligible else np.inf
+    for start in range(lo, hi, _L):
+        rows, steps = min(_L, hi - start), 0
+        for l in range(8 * _L): w[l] = 0
+        for l in range(rows):
+            for m in range(M): w[m * _L + l] = signals[start + l, m]
+        _lane_dot(dot, 0, w, 0, w, 0)
+        for l in range(_L): limit[l] = limits.floor * np.sqrt(dot[l])
+        for l in range(rows): doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
+        for n in range(S):
+            _lane_dot(dot, 0, w, 0, w, 0)
+            alive = 0
+            for l in range(_L):
+                # |<d, r>| <= |r|: a signal this small is done, and so is one within tol
+                limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
+                w[_TOP + l], w[_UNDER + l], w[_PICK + l] = (limit[l] * limit[l] if recursive else limit[l]), 1.0, -1.0
+                alive += limit[l] < np.inf
+            if alive == 0: break
+            if recursive: _lane_best_fraction(w, left, atoms, norms, n, limits.eligible)
+            else: _lane_best(w, atoms)
+            steps = n + 1
+            for l in range(_L):
+                k = np.int64(w[_PICK + l])
+                support[n * _L + l] = k
+                if k < 0: limit[l] = np.inf
+                for m in range(4): q[m * _L + l] = atoms[k, m] if k >= 0 else 0.0
+            for twice in range(2):
+                for j in range(n):
+                    _lane_dot(dot, 0, basis, j * 4 * _L, q, 0)
+                    _lane_remove(q, 0, dot, basis, j * 4 * _L)
+                    t = (j * S + n) * _L
+                    for l in range(_L): triangle[t + l] = dot[l] if twice == 0 else triangle[t + l] + dot[l]
+            _lane_dot(length, 0, q, 0, q, 0)
+            t = (n * S + n) * _L
+            for l in range(_L): triangle[t + l] = 1 / np.sqrt(length[l] if length[l] > limits.eligible else 1.0)
+            for m in range(4):
+                for l in range(_L): w[_Q + m * _L + l] = q[m * _L + l] * triangle[t + l]
+            for i in range(4 * _L): basis[n * 4 * _L + i] = w[_Q + i]
+            _lane_dot(dot, 0, w, _Q, w, 0)
+            for m in range(4):
+                for l in range(_L): w[m * _L + l] -= dot[l] * w[_Q + m * _L + l]
+            for l in range(_L): along[n * _L + l] = dot[l]
+            for l in range(rows):
+                if support[n * _L + l] >= 0:
+                    rounding = recursive and abs(dot[l]) * np.sqrt(length[l]) <= limit[l] * limits.noise / limits.floor
+                    if length[l] <= limits.eligible or rounding: doubtful[start + l] = True  # too little left, or no correlation
+        for i in range(steps - 1, -1, -1):
+            for j in range(i + 1, steps):
+                for l in range(_L): along[i * _L + l] -= triangle[(i * S + j) * _L + l] * along[j * _L + l]
+            for l in range(_L): along[i * _L + l] *= triangle[(i * S + i) * _L + l]
+        for n in range(S):
+            for l in range(rows):
+                used = n < steps and support[n * _L + l] >= 0
+                indices[start + l, n] = np.int64(support[n * _L + l]) if used else -1
+                values[start + l, n] = along[n * _L + l] if used else 0
 
-@njit(parallel=_only_prange, **_options)
-def _spread(address, rows, tile, *args):
-    packed, failed = _pack(args), 0
-    for t in prange((rows + tile - 1) // tile):
-        failed += _call(address, packed, np.int64(t * tile), np.int64(min(rows, t * tile + tile)))
-    return failed
+# %% ../nbs/30_kernels_cpu.ipynb #7b6e86dd
+_pool = ThreadPoolExecutor(os.cpu_count())
 
-_addresses = {}
+def _run(kernel, rows, *args, least=64):
+    "Spread the rows of a kernel over torch's number of threads, at least so many for each."
+    parts = 1 if forked.is_set() else max(1, min(torch.get_num_threads(), os.cpu_count(), rows // least))
+    edges = [rows * i // parts for i in range(parts + 1)]
+    others = [_pool.submit(kernel, *args, *edges[i:i + 2]) for i in range(1, parts)]
+    kernel(*args, *edges[:2])
+    for other in others: other.result()
 
-def _address(kernel, args):
-    "Where the build of a kernel for arguments of these types lies in memory."
-    key = kernel, *((a.dtype, a.ndim, a.flags.num) if isinstance(a, np.ndarray) else type(a) for a in args)
-    if key not in _addresses:
-        kinds = (*map(numba.typeof, args), types.int64, types.int64)
-        kernel.compile(kinds)
-        build = kernel.overloads[kinds]
-        assert build.signature.return_type == types.void
-        _addresses[key] = build.library.get_pointer_to_function(build.fndesc.llvm_func_name)
-    return _addresses[key]
-
-# %% ../nbs/30_kernels_cpu.ipynb #0066
-_pool = threading.Lock()
-_forked = threading.Event()
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_forked.set)
-
+# %% ../nbs/30_kernels_cpu.ipynb #e15d8d0e
 def _product(a, b, out=None):
     "a @ b on the CPU; in a forked process by numpy, because MKL may hang there."
-    if not _forked.is_set(): return torch.mm(a, b, out=out)
+    if not forked.is_set(): return torch.mm(a, b, out=out)
     if out is None: out = a.new_empty(len(a), b.shape[1])
     np.matmul(a.numpy(), b.numpy(), out=out.numpy())
     return out
 
-# %% ../nbs/30_kernels_cpu.ipynb #0067
-def _run(kernel, rows, *args, tile=64):
-    "Spread a kernel over torch's number of threads if the pool is free, else call it on all rows."
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads == 1 or rows <= tile or _forked.is_set() or not _pool.acquire(blocking=False):
-        return kernel(*args, 0, rows)
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(threads)
-        failed = _spread(_address(kernel, args), rows, tile, *args)
-    finally:
-        numba.set_num_threads(before)
-        _pool.release()
-    if failed: raise MemoryError("no memory for a kernel's own arrays, which grow with the number of atoms and the square of the sparsity; use fewer")
+class _NumpyProducts(TorchFunctionMode):
+    "The same for code in plain torch."
+    of = {Tensor.__matmul__: np.matmul, Tensor.matmul: np.matmul, torch.einsum: np.einsum,
+          torch.linalg.solve_triangular: lambda a, b, upper: np.linalg.solve(a, b)}
 
-# %% ../nbs/30_kernels_cpu.ipynb #69b1c0de
-_BLOCK = 2**20  # products
-
-def _block_width(rows, K):
-    "How many of K atoms are multiplied with so many rows at a time: few enough that the products stay in the cache."
-    return min(K, max(64, _BLOCK // rows // 64 * 64))
-
-# %% ../nbs/30_kernels_cpu.ipynb #0069
-class _Chunk:
-    "A pursuit of n signals in signal space: residual, orthonormal basis, triangular factor; for ORMP also the correlations and what is left of the atoms, in `work`."
-    def __init__(self, signals, dictionary, norms, indices, doubtful, rule, tol, buffer, work):
-        (n, M), S, arithmetic = signals.shape, indices.shape[1], dictionary.dtype
-        scale, limits = power_of_two_scale(signals), _limits(signals.dtype, arithmetic)
-        self.rule, self.dictionary, self.norms, self.indices, self.doubtful = rule, dictionary, norms, indices, doubtful
-        self.scale, self.residual = scale[:, 0].double(), (signals * scale).double()
-        length = torch.linalg.vector_norm(self.residual, dim=1)
-        self.limit, self.noise, self.enough = limits.floor * length, limits.noise * length, tol * self.scale.square()
-        self.eligible, self.risky = limits.eligible, limits.risky if arithmetic == torch.float32 else 0.0
-        self.basis = torch.zeros(n, S if rule != 2 else 0, M, dtype=torch.float64)
-        self.triangle, self.along = torch.empty(n, S, S, dtype=torch.float64), torch.zeros(n, S, dtype=torch.float64)
-        self.buffer, (self.correlations, self.left) = buffer, work
-        if rule == 1:
-            for first, part in zip(range(0, len(norms), work.shape[3]), self.left): part[:, :len(norms) - first] = norms[first:first + work.shape[3]].square()
-        self.state = [t.numpy() for t in (dictionary, self.residual, self.basis, self.triangle, self.along)]
-
-    def products(self, vectors):
-        "Products with blocks of atoms, one after the other in the same memory, and the number of the first atom of each."
-        vectors, width = vectors.to(self.dictionary.dtype), self.left.shape[2]
-        for first in range(0, len(self.norms), width):
-            atoms = self.dictionary[:, first:first + width]
-            yield first, _product(vectors, atoms, self.buffer[:len(vectors) * atoms.shape[1]].view(len(vectors), -1))
-
-    def replay(self, steps):
-        _replay_rows(self.rule, steps, *self.state, self.indices.numpy(), 0, len(self.residual))
-        for s in range(steps if self.rule == 1 else 0):
-            for first, w in self.products(self.basis[:, s]): self.left[first // self.left.shape[2], :len(w), :w.shape[1]].addcmul_(w, w, value=-1)
-
-    def step(self, s, bonus, moves=True):
-        "Pick atom number s. ORMP moves along the last direction, or starts from correlations with the residual."
-        moves = moves and s > 0
-        active = self.residual.square().sum(1) > self.enough
-        if s: active &= self.indices[:, s - 1] >= 0
-        top, pick = self.dictionary.new_zeros(len(active)), torch.empty(len(active), dtype=torch.int64)
-        active, top, pick, correlations, left, norms, bonus, scale, limit, noise, indices, doubtful = (t.numpy() for t in (
-            active, top, pick, self.correlations, self.left, self.norms, bonus, self.scale, self.limit, self.noise, self.indices, self.doubtful))
-        for first, w in self.products(self.basis[:, s - 1] if self.rule == 1 and moves else self.residual):
-            _run(_score_rows, len(active), self.rule, s, moves, first, w.numpy(), correlations, left, self.state[-1], norms, bonus, scale, limit, self.eligible, active, indices, top, pick)
-        _run(_take_rows, len(active), self.rule, s, correlations, left, norms, bonus, scale, limit, noise, *self.state, self.eligible, self.risky, active, indices, doubtful, top, pick)
-
-    def finish(self, values):
-        _solve_rows(self.rule, self.triangle.numpy(), self.along.numpy(), self.indices.numpy(), self.scale.numpy(), values.numpy(), 0, len(values))
-
-# %% ../nbs/30_kernels_cpu.ipynb #0070
-def _stepwise(signals, dictionary, rule, tol, diversity, indices, values, doubtful, budget=None):
-    "One product a step, in the precision of the dictionary, with about `budget` bytes of working memory: 200 MB, or 64 MB beside a float64 copy of the dictionary."
-    (B, M), (S, K), size = signals.shape, (indices.shape[1], dictionary.shape[1]), dictionary.dtype.itemsize
-    budget = budget or (3 * 2**26 if size == 4 else 2**26)
-    most = max(1, min(4096, budget // ((2 * K if rule == 1 else 0) * size + 8 * (S * (M + S) + 4 * M))))
-    rows = -(-B // -(-B // most))
-    width = _block_width(rows, K)
-    nothing, norms = dictionary.new_zeros(0), torch.linalg.vector_norm(dictionary, dim=0)
-    buffer, work = dictionary.new_empty(rows * width), dictionary.new_empty(2, -(-K // width) if rule == 1 else 0, rows, width)
-    indices.fill_(-1)
-    def chunks():
-        for i in range(0, B, rows):
-            part = slice(i, i + rows)
-            yield _Chunk(signals[part], dictionary, norms, indices[part], doubtful[part], rule, tol, buffer, work), values[part]
-    if not diversity:
-        for chunk, out in chunks():
-            for s in range(S): chunk.step(s, nothing)
-            chunk.finish(out)
-        return
-    usage = torch.zeros(K, dtype=dictionary.dtype)
-    for s in range(S):
-        bonus = diversity * (usage.mean() - usage).clamp_min(0) if s else nothing
-        for chunk, out in chunks():
-            if s: chunk.replay(s)
-            chunk.step(s, bonus, moves=False)
-            if s + 1 == S: chunk.finish(out)
-        picked = indices[:, s]
-        usage += torch.bincount(picked[picked >= 0], minlength=K)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in self.of: return function(*args, **(kwargs or {}))
+        return torch.from_numpy(self.of[function](*(a.numpy() if isinstance(a, Tensor) else a for a in args), **(kwargs or {})))
 
 # %% ../nbs/30_kernels_cpu.ipynb #0072
 def chunk_rows(
@@ -949,60 +502,47 @@ def chunk_rows(
     "How many rows of K correlations make a chunk on the CPU: 2 MB of them, or 1,024 rows where these are no more than 32 MB."
     return max(1, 2**19 // K, min(1024, 2**23 // K))
 
-# %% ../nbs/30_kernels_cpu.ipynb #0073
+# %% ../nbs/30_kernels_cpu.ipynb #ff3f32fb
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
     B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
     gram, rows, limits = _product(dictionary.T, dictionary), chunk_rows(K), _limits(signals.dtype, arithmetic)
-    kernel = (_omp_rows, _ormp_rows, _mp_rows)[rule]
     buffer = torch.empty(min(rows, B), K, dtype=arithmetic)
     for i in range(0, B, rows):
         x = signals[i:i + rows].to(arithmetic)
         correlations = _product(x, dictionary, buffer[:len(x)])
         out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
-        _run(kernel, len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
+        _run((_omp_rows, _ormp_rows, _mp_rows)[rule], len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0074
+# %% ../nbs/30_kernels_cpu.ipynb #a5fa4050
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
-    "Pad to a multiple of four dimensions and an even number of atoms, and run 64 signals at a time."
+    "Fill up to four dimensions and an even number of atoms, and run 64 signals at a time."
     M, K = dictionary.shape
-    atoms = torch.zeros(K + K % 2 + 1, -(-M // 4) * 4, dtype=torch.float64)
+    atoms = torch.zeros(K + K % 2, 4, dtype=torch.float64)
     atoms[:K, :M] = dictionary.T
-    arrays = [t.numpy() for t in (indices, values, doubtful)]
-    recursive, wide = (True if rule == 1 else None), (True if M > 4 else None)
-    _run(_lane_rows, len(signals), recursive, wide, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *arrays, tile=512)
+    out = [t.numpy() for t in (indices, values, doubtful)]
+    _run(_lane_rows, len(signals), rule == 1, signals.numpy(), atoms.numpy(), tol, _limits(signals.dtype, torch.float64), *out, least=512)
 
-# %% ../nbs/30_kernels_cpu.ipynb #0076
+# %% ../nbs/30_kernels_cpu.ipynb #5e216aa7
+def _plainly(signals, dictionary, rule, tol, diversity, indices, values):
+    "The reference in float64, in chunks, for what is not worth a kernel or left in doubt by one."
+    with _NumpyProducts() if forked.is_set() else nullcontext():
+        indices[:], values[:] = omp_torch(signals, dictionary, indices.shape[1], method=("omp", "ormp", "mp")[rule], tol=tol, diversity=diversity)
+
+# %% ../nbs/30_kernels_cpu.ipynb #1f772aa1
 def _code(signals, dictionary, rule, tol, indices, values):
-    "Codes without diversity, in the precision of the dictionary; doubtful signals again, in float64."
+    "Codes in the precision of the dictionary; doubtful signals again, in float64."
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
-    doubtful = torch.zeros(B, dtype=torch.bool)
-    lanes = M <= 16 and M * K <= 4096 and S <= 16 and rule != 2
-    stepwise = not lanes and (K * K * dictionary.dtype.itemsize > 2**28 or B * S < K)
-    if lanes: _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful)
-    elif stepwise: _stepwise(signals, dictionary, rule, tol, 0.0, indices, values, doubtful)
-    else: _with_gram(signals, dictionary, rule, tol, indices, values, doubtful)
-    if not doubtful.any() or (stepwise and dictionary.dtype == torch.float64): return
-    for again in doubtful.nonzero()[:, 0].split(max(1, 2**22 // M)):
+    doubtful, lanes = torch.zeros(B, dtype=torch.bool), M <= 4 and K <= 256 and S <= 16 and rule != 2
+    if not lanes and (4 * B * S < K or K * K * dictionary.itemsize > 2**28):
+        return _plainly(signals, dictionary, rule, tol, 0.0, indices, values)
+    (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol, indices, values, doubtful)
+    if not doubtful.any(): return
+    for again in (doubtful & signals.isfinite().all(1)).nonzero()[:, 0].split(max(1, 2**22 // M)):
         k, v = indices[again], values[again]
-        if lanes or dictionary.dtype == torch.float64:
-            _stepwise(signals[again], dictionary.double(), rule, tol, 0.0, k, v, torch.zeros(len(again), dtype=torch.bool))
-        else:
-            _code(signals[again], dictionary.double(), rule, tol, k, v)
+        if lanes or dictionary.dtype == torch.float64: _plainly(signals[again], dictionary, rule, tol, 0.0, k, v)
+        else: _code(signals[again], dictionary.double(), rule, tol, k, v)
         indices[again], values[again] = k, v
-
-# %% ../nbs/30_kernels_cpu.ipynb #0082
-def _pursuit_cpu(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, diversity: float) -> tuple[Tensor, Tensor]:
-    signals, dictionary = signals.contiguous(), dictionary.contiguous()
-    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
-    indices, values = torch.empty(B, sparsity, dtype=torch.int64), torch.empty(B, sparsity, dtype=signals.dtype)
-    with no_autocast("cpu"):
-        if B and diversity: _stepwise(signals, dictionary, rule, tol, diversity, indices, values, torch.zeros(B, dtype=torch.bool))
-        elif B: _code(signals, dictionary, rule, tol, indices, values)
-    return indices, values
-
-# %% ../nbs/30_kernels_cpu.ipynb #0083
-register_operator(_pursuit_cpu, fake_pursuit, "CPU")
 
 # %% ../nbs/30_kernels_cpu.ipynb #0084
 def omp_numba(
@@ -1014,11 +554,20 @@ def omp_numba(
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # weight of the bonus for atoms used less than average in this call
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
-    "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises as `check_problem` does, and for another device or dtype; the numbers themselves are not read."
+    "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises as `check_problem` does, and for another device or dtype."
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
-    if signals.device.type != "cpu": raise ValueError(f"omp_numba works on the CPU, and the signals are on {signals.device}; use batch_omp, which goes by the device")
-    if signals.dtype not in (torch.float32, torch.float64): raise TypeError(f"omp_numba works in float32 and float64, got {signals.dtype}; call .float() first")
-    return torch.ops.laser.pursuit_cpu(signals.detach(), dictionary.detach(), int(sparsity), method, float(tol), float(diversity))
+    if signals.device.type != "cpu":
+        raise ValueError(f"omp_numba works on the CPU, and the signals are on {signals.device}; use batch_omp, which goes by the device")
+    if signals.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"omp_numba works in float32 and float64, got {signals.dtype}; call .float() first")
+    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
+    rule, indices = ("omp", "ormp", "mp").index(method), torch.empty(len(signals), int(sparsity), dtype=torch.int64)
+    values = torch.empty(indices.shape, dtype=signals.dtype)
+    if len(signals):
+        with no_autocast("cpu"):
+            if diversity: _plainly(signals, dictionary, rule, tol, diversity, indices, values)
+            else: _code(signals, dictionary, rule, float(tol), indices, values)
+    return indices, values
 
 # %% ../nbs/30_kernels_cpu.ipynb #0088
 def count_differences(
@@ -1036,52 +585,29 @@ def count_differences(
         counts.append(compare_supports(x, dictionary, reference, ours, method, eligible_norm(dtype)))
     return tuple(map(sum, zip(*counts)))
 
-# %% ../nbs/30_kernels_cpu.ipynb #0120
-@intrinsic
-def _ordered(typingctx, x):
-    "The bits of x as an integer that orders as x does."
-    def build(context, builder, signature, args):
-        word = ir.IntType(x.bitwidth)
-        bits = builder.bitcast(args[0], word)
-        sign = builder.ashr(bits, ir.Constant(word, x.bitwidth - 1))
-        return builder.xor(bits, builder.and_(sign, ir.Constant(word, 2 ** (x.bitwidth - 1) - 1)))
-    return (types.int32 if x.bitwidth == 32 else types.int64)(x), build
-
-# %% ../nbs/30_kernels_cpu.ipynb #0121
-@_jit
-def _nearest_rows(correlations, half, first, best, nearest, lo, hi):
-    "Argmax of c - half over the entries from number `first` on and those before; `best` holds the largest so far, as an integer that orders as it does."
-    K, h = correlations.shape[1], _row(half, first)
+# %% ../nbs/30_kernels_cpu.ipynb #6139bfbb
+@_kernel
+def _nearest_rows(correlations, half, nearest, lo, hi):
+    "Argmax of c - half in rows lo..hi."
     for b in range(lo, hi):
-        c = _row(correlations, b * K)
-        top = _ordered(c[0] - h[0])
-        for i in range(K):
-            top = max(top, _ordered(c[i] - h[i]))
-        if first == 0 or top > best[b]:
-            place = np.int32(K - 1)
-            for i in range(np.int32(K)):
-                place = min(place, np.int32(i) if _ordered(c[i] - h[i]) == top else np.int32(0x7FFFFFFF))
-            best[b], nearest[b] = top, first + place
+        c, place = correlations[b], np.int32(len(half) - 1)
+        top = _ordered(c[0] - half[0])
+        for i in range(len(half)): top = max(top, _ordered(c[i] - half[i]))
+        for i in range(np.int32(len(half))):
+            place = min(place, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
+        nearest[b] = place
 
-# %% ../nbs/30_kernels_cpu.ipynb #0124
+# %% ../nbs/30_kernels_cpu.ipynb #3bed3bc9
 def nearest_numba(
     z: Tensor,  # [B, M] float32 or float64, on the CPU
     codebook: Tensor,  # [K, M], of the same dtype
 ) -> Tensor:  # [B] int64
-    "Index of the codebook entry nearest to each row of z, a block of entries at a time. No checks: see `laser.sparse_coding.nearest_entry`."
-    K, B, mean = len(codebook), len(z), codebook.mean(0)
-    codebook = codebook - mean
-    entries, half = codebook.T, codebook.square().sum(1) / 2
-    nearest = torch.empty(B, dtype=torch.int64)
-    rows = max(1, min(B, _BLOCK // min(K, 512)))
-    width = _block_width(rows, K)
-    buffer, centred = z.new_empty(rows * width), z.new_empty(rows, z.shape[1])
-    best = torch.empty(rows, dtype=torch.int32 if z.dtype == torch.float32 else torch.int64)
-    for i in range(0, B, rows):
+    "Index of the codebook entry nearest to each row of z. No checks: see `laser.sparse_coding.nearest_entry`."
+    B, K, mean = len(z), len(codebook), codebook.mean(0)
+    centred, rows, nearest = codebook - mean, min(B, chunk_rows(K)), torch.empty(B, dtype=torch.int64)
+    half, products, part = centred.square().sum(1) / 2, z.new_empty(rows, K), z.new_empty(rows, z.shape[1])
+    for i in range(0, B, max(1, rows)):
         out = nearest[i:i + rows].numpy()
-        part = torch.sub(z[i:i + rows], mean, out=centred[:len(out)])
-        for first in range(0, K, width):
-            some = entries[:, first:first + width]
-            c = _product(part, some, buffer[:len(part) * some.shape[1]].view(len(part), -1))
-            _run(_nearest_rows, len(part), c.numpy(), half.numpy(), first, best.numpy(), out)
+        x = torch.sub(z[i:i + rows], mean, out=part[:len(out)])
+        _run(_nearest_rows, len(out), _product(x, centred.T, products[:len(out)]).numpy(), half.numpy(), out)
     return nearest

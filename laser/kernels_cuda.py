@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels_cpu import _limits
 from .pursuit import check_problem
-from .sparse_coding import exact_products, fake_pursuit, no_autocast, register_operator
+from .sparse_coding import exact_products, no_autocast, omp_torch
 
 # %% ../nbs/31_kernels_cuda.ipynb #0134
 @functools.cache
@@ -133,128 +133,6 @@ def _fused_kernel():
 
     return triton.jit(fused)
 
-# %% ../nbs/31_kernels_cuda.ipynb #0136
-@functools.cache
-def _streaming_kernel():
-    "Triton: a pursuit by a running argmax over tiles of the dictionary. LISTED: of the COUNT signals in ORDER, in float64."
-    global tl
-    import triton
-    import triton.language as tl
-
-    def streaming(X, D, ATOMS, NORMS, RESIDUAL, BASIS, TRIANGLE, ORDER, COUNT, INDICES, VALUES, DOUBT, B, M, K, programs, tol, floor, eligible, risky,
-                  S: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
-                  BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-        real: tl.constexpr = tl.float64 if LISTED else tl.float32
-        lane, m, s, depth = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-        patch = tl.program_id(0).to(tl.int64) * BLOCK_B + lane
-        total = B
-        if LISTED: total = tl.load(COUNT).to(tl.int32)
-        for block in range(tl.program_id(0), tl.cdiv(total, BLOCK_B), programs):
-            live = block * BLOCK_B + lane < total
-            row = (block * BLOCK_B + lane).to(tl.int64)
-            if LISTED: row = tl.load(ORDER + row, mask=live, other=0)
-            inside = live[:, None] & (m < M)[None, :]
-            x = tl.load(X + row[:, None] * M + m[None, :], mask=inside, other=0.0)
-            exponent = tl.minimum(tl.maximum((tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
-            scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-            r = (x * scale[:, None]).to(real)
-            mine = patch[:, None] * M + m[None, :]
-            tl.store(RESIDUAL + mine, r, mask=(m < M)[None, :])
-            tl.debug_barrier()
-            limit = floor * tl.sqrt(tl.sum(r * r, axis=1))
-            enough = tl.where(tol > 0, tol * scale.to(real) * scale.to(real), -1.0)
-            support, rejected = tl.full([BLOCK_B, BLOCK_S], -1, tl.int32), tl.full([BLOCK_B, BLOCK_S], -1, tl.int32)
-            along = tl.zeros([BLOCK_B, BLOCK_S], real)
-            corner = (patch[:, None] * S + s[None, :]) * S  # rows of R, the triangle of the QR factorisation
-            count, refused, active, attempt = tl.zeros([BLOCK_B], tl.int32), tl.zeros([BLOCK_B], tl.int32), live, 0
-            doubt = tl.zeros([BLOCK_B], tl.int32)
-            while (attempt < 2 * S) & (tl.sum(active.to(tl.int32), axis=0) > 0):
-                best, pick = tl.zeros([BLOCK_B], real), tl.full([BLOCK_B], -1, tl.int32)
-                for start in range(0, K, BLOCK_K):
-                    k = start + tl.arange(0, BLOCK_K)
-                    c = tl.zeros([BLOCK_B, BLOCK_K], real)
-                    for base in range(0, M, BLOCK_D):
-                        i = base + depth
-                        d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
-                        p = tl.load(RESIDUAL + patch[:, None] * M + i[None, :], mask=(i < M)[None, :] & active[:, None], other=0.0)
-                        if LISTED: c += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
-                        else: c = tl.dot(p, d, c, input_precision=PRECISION)
-                    norm = tl.load(NORMS + k, mask=k < K, other=0.0).to(real)
-                    c = tl.abs(c)
-                    score = c if RULE == 1 else tl.where(c > limit[:, None] * norm[None, :], c, 0.0)
-                    for j in range(S):
-                        score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], support, 0), axis=1)[:, None], 0.0, score)
-                        score = tl.where(k[None, :] == tl.sum(tl.where((s == j)[None, :], rejected, 0), axis=1)[:, None], 0.0, score)
-                    if RULE != 2:
-                        left, directions = tl.zeros([BLOCK_B, BLOCK_K], real) + (norm * norm)[None, :], tl.max(count, axis=0)
-                        if RULE == 0: directions = tl.where(tl.max(refused, axis=0) > 0, directions, 0)  # OMP looks once it has met a dependent atom
-                        for j in range(directions):
-                            t = tl.zeros([BLOCK_B, BLOCK_K], real)
-                            for base in range(0, M, BLOCK_D):
-                                i = base + depth
-                                d = tl.load(D + i.to(tl.int64)[:, None] * K + k[None, :], mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
-                                p = tl.load(BASIS + (patch[:, None] * S + j) * M + i[None, :], mask=(i < M)[None, :] & (j < count)[:, None], other=0.0)
-                                if LISTED: t += tl.sum(p[:, :, None] * d.to(real)[None, :, :], axis=1)
-                                else: t = tl.dot(p, d, t, input_precision=PRECISION)
-                            left -= t * t
-                        if RULE == 1:
-                            score = score / tl.sqrt(tl.maximum(left, eligible))
-                            score = tl.where(score > limit[:, None], score, 0.0)
-                        score = tl.where(left > eligible, score, 0.0)
-                    top, where = tl.max(score, axis=1), start + tl.argmax(score, axis=1).to(tl.int32)
-                    pick = tl.where(top > best, where, pick)
-                    best = tl.maximum(best, top)
-                r = tl.load(RESIDUAL + mine, mask=inside, other=0.0)  # not kept in registers meanwhile
-                active = active & (pick >= 0) & (count < S) & (tl.sum(r * r, axis=1) > enough)
-                q = tl.load(ATOMS + tl.maximum(pick, 0).to(tl.int64)[:, None] * M + m[None, :], mask=inside, other=0.0).to(real)
-                column = tl.zeros([BLOCK_B, BLOCK_S], real)
-                if RULE == 2:
-                    outside, ok = tl.sum(q * q, axis=1), active
-                    value = tl.where(ok, tl.sum(q * r, axis=1) / tl.maximum(outside, 1e-30), 0.0)
-                    r -= value[:, None] * q
-                else:
-                    for twice in range(2):
-                        for j in range(tl.max(count, axis=0)):
-                            p = tl.load(BASIS + (patch[:, None] * S + j) * M + m[None, :], mask=inside & (j < count)[:, None], other=0.0)
-                            dot = tl.sum(p * q, axis=1)
-                            q -= dot[:, None] * p
-                            column += tl.where((s == j)[None, :], dot[:, None], 0.0)
-                    outside = tl.sum(q * q, axis=1)
-                    ok = active & (outside > eligible)
-                    doubt = doubt | (active & (outside < risky)).to(tl.int32)
-                    length = tl.sqrt(tl.maximum(outside, 1e-30))
-                    q = tl.where(ok[:, None], q / length[:, None], 0.0)
-                    value = tl.sum(q * r, axis=1)
-                    r -= value[:, None] * q
-                    if RULE == 1: doubt = doubt | (ok & (tl.abs(value) * length <= limit)).to(tl.int32)  # the correlation was rounding
-                    tl.store(BASIS + (patch[:, None] * S + tl.minimum(count, S - 1)[:, None]) * M + m[None, :], q, mask=inside & ok[:, None])
-                    column = tl.where(s[None, :] == count[:, None], length[:, None], column)
-                tl.debug_barrier()  # all have read the old residuals
-                tl.store(RESIDUAL + mine, r, mask=(m < M)[None, :])
-                new = (s[None, :] == count[:, None]) & ok[:, None]
-                support = tl.where(new, pick[:, None], support)
-                along = tl.where(new, value[:, None], along)
-                tl.store(TRIANGLE + corner + count[:, None], column, mask=(s[None, :] <= count[:, None]) & ok[:, None] & (s < S)[None, :])
-                no = active & (ok == 0)
-                rejected = tl.where((s[None, :] == refused[:, None]) & no[:, None], pick[:, None], rejected)
-                count, refused, attempt = count + ok.to(tl.int32), refused + no.to(tl.int32), attempt + 1
-                tl.debug_barrier()
-            coefficient = along
-            if RULE != 2:
-                coefficient = tl.zeros([BLOCK_B, BLOCK_S], real)
-                for back in range(S):
-                    here = (s == S - 1 - back)[None, :]
-                    line = tl.load(TRIANGLE + (patch[:, None] * S + S - 1 - back) * S + s[None, :], mask=(s >= S - 1 - back)[None, :] & (s[None, :] < count[:, None]), other=0.0)
-                    pivot = tl.sum(tl.where(here, line, 0.0), axis=1)
-                    rest = tl.sum(tl.where(here, along, 0.0), axis=1) - tl.sum(line * coefficient, axis=1)
-                    coefficient += tl.where(here, (rest / tl.where(pivot > 0, pivot, 1.0))[:, None], 0.0)
-            keep = live[:, None] & (s < S)[None, :]
-            tl.store(INDICES + row[:, None] * S + s[None, :], support.to(tl.int64), mask=keep)
-            tl.store(VALUES + row[:, None] * S + s[None, :], tl.where(support >= 0, (coefficient / scale[:, None]).to(tl.float32), 0.0), mask=keep)
-            if LISTED == 0: tl.store(DOUBT + row, doubt, mask=live)
-
-    return triton.jit(streaming, do_not_specialize=["B", "programs"])
-
 # %% ../nbs/31_kernels_cuda.ipynb #0137
 def _power_of_two(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
@@ -264,34 +142,13 @@ def _fused_warps(block):
     "Warps for one signal with `block` atoms: 16 atoms a thread."
     return min(16, max(1, block // 512))
 
-# %% ../nbs/31_kernels_cuda.ipynb #2393d1df
-def _streaming_warps(rows, block):
-    "Warps for `rows` signals of `block` dimensions: 16 numbers a thread."
-    return min(16, max(4, rows * block // 512))
-
-# %% ../nbs/31_kernels_cuda.ipynb #0138
-def _stream(signals, dictionary, rule, tol, indices, values, doubt, tf32=False, listed=False):
-    "Launch the streaming kernel on all signals, or in float64 on those that are in doubt."
-    (B, M), K, S, device = signals.shape, dictionary.shape[1], indices.shape[1], signals.device
-    real, limits, rows = (torch.float64, _limits(torch.float32, torch.float64), 1) if listed else (torch.float32, _limits(torch.float32, torch.float32), 16)
-    order = count = doubt
-    if listed:  # the numbers of the doubtful signals, in front; the rest goes to a place of its own behind them
-        places = doubt.cumsum(0)
-        order = torch.empty(B + 1, dtype=torch.int64, device=device)
-        order.scatter_(0, torch.where(doubt > 0, places - 1, B), torch.arange(B, device=device))
-        count = places[-1:]
-    programs = max(1, min(-(-B // rows), 2048, 2**25 // (real.itemsize * rows * (S + 1) * (M + S))))
-    residual, basis, triangle = (torch.empty(programs * rows, *shape, dtype=real, device=device) for shape in ((M,), (S, M), (S, S)))
-    block = _power_of_two(M, 16)
-    _streaming_kernel()[(programs,)](signals, dictionary, dictionary.T.contiguous(), torch.linalg.vector_norm(dictionary, dim=0, dtype=real), residual, basis, triangle, order, count, indices, values, doubt,
-                                     B, M, K, programs, tol, limits.floor, limits.eligible, limits.risky, S, rule, "tf32" if tf32 else "ieee", listed,
-                                     rows, block, 16, 32 if listed else 64, _power_of_two(S, 2), num_warps=_streaming_warps(rows, block))
-
 # %% ../nbs/31_kernels_cuda.ipynb #e7da7350
-def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
-    "Chunk by chunk: scaling, the product by cuBLAS, and the pursuit."
-    (B, M), K, S, limits = signals.shape, dictionary.shape[1], indices.shape[1], _limits(torch.float32, torch.float32)
-    gram, rows = _gram_float32(dictionary), min(B, max(1024, 2**25 // max(K, M)))
+def _fused(signals, dictionary, S, rule, tol, tf32):
+    "Chunk by chunk: scaling, the product by cuBLAS, and the pursuit. Indices, values, and which signals are in doubt."
+    (B, M), K, limits = signals.shape, dictionary.shape[1], _limits(torch.float32, torch.float32)
+    indices = torch.empty(B, S, dtype=torch.int64, device=signals.device)
+    values, doubt = signals.new_empty(B, S), torch.empty(B, dtype=torch.int32, device=signals.device)
+    gram, rows = _gram_float32(dictionary), max(1, min(B, max(1024, 2**25 // max(K, M))))
     diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
     scale, energy, correlations = (torch.empty(*shape, device=signals.device) for shape in ((rows,), (rows,), (rows, K)))
     block = _power_of_two(K, 32)
@@ -299,24 +156,10 @@ def _fused(signals, dictionary, rule, tol, indices, values, doubt, tf32):
         part, n = slice(i, i + rows), min(rows, B - i)
         _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
         with exact_products(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
-        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol, limits.floor, limits.noise, limits.eligible, limits.risky,
-                              limits.trust, limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
-
-# %% ../nbs/31_kernels_cuda.ipynb #bcec7137
-def _pursuit_triton(signals: Tensor, dictionary: Tensor, sparsity: int, method: str, tol: float, stream: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    "One of the two kernels on all signals, then float64 on those in doubt. No synchronisation with the host."
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; use batch_omp(..., backend='torch') without it")
-    signals, dictionary = signals.contiguous(), dictionary.contiguous()
-    B, rule = len(signals), ("omp", "ormp", "mp").index(method)
-    indices = torch.empty(B, sparsity, dtype=torch.int64, device=signals.device)
-    values = torch.empty(B, sparsity, dtype=torch.float32, device=signals.device)
-    doubt = torch.empty(B, dtype=torch.int32, device=signals.device)
-    if B == 0: return indices, values
-    with no_autocast(signals.device.type), torch.cuda.device_of(signals):  # Triton launches on the current device
-        (_stream if stream else _fused)(signals, dictionary, rule, tol, indices, values, doubt, tf32)
-        _stream(signals, dictionary, rule, tol, indices, values, doubt, listed=True)
-    return indices, values
+        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol,
+                              limits.floor, limits.noise, limits.eligible, limits.risky, limits.trust, limits.stretch, limits.blur,
+                              S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
+    return indices, values, doubt
 
 # %% ../nbs/31_kernels_cuda.ipynb #0139
 def _gram_float32(dictionary, rows=1024):
@@ -325,9 +168,6 @@ def _gram_float32(dictionary, rows=1024):
     gram = dictionary.new_empty(K, K)
     for i in range(0, K, rows): gram[i:i + rows] = double[:, i:i + rows].T @ double
     return gram
-
-# %% ../nbs/31_kernels_cuda.ipynb #0140
-register_operator(_pursuit_triton, fake_pursuit, "CompositeExplicitAutograd")
 
 # %% ../nbs/31_kernels_cuda.ipynb #0142
 def omp_triton(
@@ -338,14 +178,22 @@ def omp_triton(
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # not offered here: must be 0
-    stream: bool | None = None,  # stream the dictionary; None: where the Gram matrix would pass 256 MB, K > 8192
     tf32: bool = False,  # products with 10 bits of mantissa on the tensor cores: faster, and other supports
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
-    "The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32, without waiting for the device."
+    "The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32; what that leaves in doubt, and all with more than 8,192 atoms, by `omp_torch` in float64."
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
-    if signals.dtype != torch.float32: raise TypeError(f"omp_triton works in float32, got {signals.dtype}; call .float() first")
-    if diversity: raise ValueError("omp_triton has no diversity bonus; set diversity=0 or use batch_omp(..., backend='torch')")
+    if signals.dtype != torch.float32:
+        raise TypeError(f"omp_triton works in float32, got {signals.dtype}; call .float() first")
+    if diversity:
+        raise ValueError("omp_triton has no diversity bonus; set diversity=0 or use batch_omp(..., backend='torch')")
     if not signals.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, start Python with TRITON_INTERPRET=1 in the environment")
-    stream = dictionary.shape[1] > 8192 if stream is None else stream
-    return torch.ops.laser.pursuit_triton(signals.detach(), dictionary.detach(), int(sparsity), method, float(tol), stream, tf32)
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; use batch_omp(..., backend='torch') without it")
+    signals, dictionary, options = signals.detach().contiguous(), dictionary.detach().contiguous(), dict(method=method, tol=tol)
+    with no_autocast(signals.device.type), torch.cuda.device_of(signals):  # Triton launches on the current device
+        if dictionary.shape[1] > 8192: return omp_torch(signals, dictionary, sparsity, **options)
+        indices, values, doubt = _fused(signals, dictionary, int(sparsity), ("omp", "ormp", "mp").index(method), float(tol), tf32)
+        again = (doubt > 0).nonzero()[:, 0]
+        if len(again): indices[again], values[again] = omp_torch(signals[again], dictionary, sparsity, **options)
+    return indices, values

@@ -74,18 +74,17 @@ def test_operators_may_be_registered_again():
     "Notebooks define the operators of the package once more when both run in one process, as while the site's pages are built."
     script = """
 import torch
-import laser.kernels_cpu as kernels
 import laser.sparse_coding as package
 generator = torch.Generator().manual_seed(0)
 x, D = torch.randn(50, 8, generator=generator), torch.nn.functional.normalize(torch.randn(8, 20, generator=generator), dim=0)
-codes, nearest = kernels.omp_numba(x, D, 3)[0], package.nearest_entry(x, D.T)
-for module, name, args, expected in ((kernels, "omp_numba", (x, D, 3), codes), (package, "nearest_entry", (x, D.T), nearest)):
-    notebook = {"__name__": "notebook", "__package__": "laser"}
-    for _ in range(2):
-        exec(compile(open(module.__file__).read(), module.__file__, "exec"), notebook)
-        for function in (vars(module)[name], notebook[name], torch.compile(notebook[name], fullgraph=True, backend="eager")):
-            result = function(*args)
-            assert torch.equal(result if name == "nearest_entry" else result[0], expected)
+codes, nearest = package.batch_omp(x, D, 3).indices, package.nearest_entry(x, D.T)
+notebook = {"__name__": "notebook", "__package__": "laser"}
+for _ in range(2):
+    exec(compile(open(package.__file__).read(), package.__file__, "exec"), notebook)
+    for module in (vars(package), notebook):
+        assert torch.equal(module["batch_omp"](x, D, 3).indices, codes) and torch.equal(module["nearest_entry"](x, D.T), nearest)
+assert torch.equal(torch.compile(notebook["batch_omp"], fullgraph=True, backend="eager")(x, D, 3).indices, codes)
+assert torch.equal(torch.compile(notebook["nearest_entry"], fullgraph=True, backend="eager")(x, D.T), nearest)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -147,7 +146,7 @@ def test_wrong_input_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match="move one"): nearest_entry(x, D.T.to("meta"))
 
 
-@pytest.mark.parametrize("operator, rest", [("pursuit_cpu", (3, "ormp", 0.0, 0.0)), ("nearest_entry", ())])
+@pytest.mark.parametrize("operator, rest", [("pursue", (3, "ormp", 0.0, 0.0, "auto")), ("nearest_entry", ())])
 def test_operators_are_what_torch_expects(operator, rest):
     x, D = torch.randn(20, 8), normalize_atoms(torch.randn(8, 12))
     torch.library.opcheck(getattr(torch.ops.laser, operator), (x, D if rest else D.T.contiguous(), *rest))
@@ -184,19 +183,6 @@ def test_fused_cuda_kernel_keeps_correlations_in_registers(K, S, rule, capabilit
     block = kernels_cuda._power_of_two(K, 32)
     shared, spilled = compiled(kernels_cuda._fused_kernel(), kernels_cuda._fused_warps(block), capability, S=S, RULE=rule, BLOCK_K=block, BLOCK_S=kernels_cuda._power_of_two(S, 2))
     assert shared <= 48 * 1024 and spilled == 0  # every GPU has 48 kB
-
-
-@cuda_compiler
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("rule, precision", [(0, "ieee"), (1, "ieee"), (1, "tf32"), (2, "ieee")])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("M, S", [(64, 5), (256, 16)])
-def test_streaming_cuda_kernel_fits(M, S, double, rule, precision, capability):
-    rows, real, whole = (1, "*fp64", "*i64") if double else (16, "*fp32", "*i32")
-    types = TYPES | {"RESIDUAL": real, "BASIS": real, "TRIANGLE": real, "NORMS": real, "ORDER": whole, "COUNT": whole}
-    shared, spilled = compiled(kernels_cuda._streaming_kernel(), kernels_cuda._streaming_warps(rows, M), capability, types, S=S, RULE=rule, PRECISION=precision, LISTED=double,
-                               BLOCK_B=rows, BLOCK_M=M, BLOCK_D=16, BLOCK_K=32 if double else 64, BLOCK_S=kernels_cuda._power_of_two(S, 2))
-    assert shared <= 48 * 1024 and spilled <= 128
 
 
 @cuda_compiler
