@@ -54,3 +54,9 @@ def test_notebook_shape(path):
     assert len(title) == 2 and title[0].startswith("# ") and title[1].startswith("> ")
     stored = sum(len(json.dumps(c.get("outputs", []))) for c in cells)
     assert stored < (300_000 if module_of(path) else 1_000_000), f"{path.name} stores {stored // 1000} kB of outputs"
+
+
+def test_every_notebook_has_its_place_in_the_sidebar():
+    """The site shows them all, in reading order."""
+    listed = re.findall(r"(\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"))
+    assert listed == ["index.ipynb", *(path.name for path in NOTEBOOKS)]
