@@ -25,7 +25,7 @@ from .sparse_coding import forked, no_autocast, omp_torch
 
 # %% ../nbs/30_kernels_cpu.ipynb #e7662844
 _options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"})
-_jit = njit(**_options, inline="always")
+_inline = njit(**_options, inline="always")
 
 class _Cache(FunctionCache):
     "Numba's cache on disk, done without where it fails."
@@ -42,10 +42,10 @@ class _Cache(FunctionCache):
     def load_overload(self, *args): return self._attempt("load_overload", *args)
     def save_overload(self, *args): self._attempt("save_overload", *args)
 
-def _kernel(function):
+def _jit(function, **options):
     "Compile for calls from Python, and keep what is compiled."
-    kernel = njit(**_options)(function)
-    if "__file__" in globals():
+    kernel = njit(**_options | options)(function)
+    if "__file__" in function.__globals__:
         try: kernel._cache = _Cache(function)
         except RuntimeError: pass  # no folder to keep it in
     return kernel
@@ -71,7 +71,7 @@ def _ordered_of(x):
     return bits
 
 # %% ../nbs/30_kernels_cpu.ipynb #f89e6ba2
-@_jit
+@_inline
 def _peak(c):
     "Largest magnitude in c."
     top = _magnitude(c[0])
@@ -79,7 +79,7 @@ def _peak(c):
     return top
 
 # %% ../nbs/30_kernels_cpu.ipynb #29801163
-@_jit
+@_inline
 def _find(c, top):
     "First i with magnitude `top`. Two vector passes, peak and find, beat one that carries the index along."
     first = np.int32(len(c) - 1)
@@ -88,7 +88,7 @@ def _find(c, top):
     return np.int64(first)
 
 # %% ../nbs/30_kernels_cpu.ipynb #b0814dae
-@_jit
+@_inline
 def _subtract(c, gram, k, a, n):
     "c -= sum over j < n of a[j] * gram[k[j]]; returns the new peak of c. a is zero from n on."
     top = _magnitude(a[0] - a[0])
@@ -103,7 +103,7 @@ def _subtract(c, gram, k, a, n):
     return top
 
 # %% ../nbs/30_kernels_cpu.ipynb #c8116478
-@_jit
+@_inline
 def _energy(x, b):
     "Squared norm of row b in float64."
     row, total = x[b], 0.0
@@ -111,7 +111,7 @@ def _energy(x, b):
     return total
 
 # %% ../nbs/30_kernels_cpu.ipynb #90566ac2
-@_jit
+@_inline
 def _advance(gram, support, n, k, correlation, inverse, overlap, coefficient, step):
     """Atom k becomes number n of the support: a row more in the inverse of L, and the coefficients move by `step`.
     Returns rho^2, alpha, the length of the move, and the squared norms of the new row of the inverse and of the coefficients."""
@@ -159,7 +159,7 @@ def _limits(signals, arithmetic):
     return _Limits(correlation_floor(signals), noise, eligible, risky, trust, stretch, 8 * noise, *scale)
 
 # %% ../nbs/30_kernels_cpu.ipynb #49327e6f
-@_jit
+@_inline
 def _store(b, n, support, coefficient, doubt, indices, values, doubtful):
     "Write the code of row b."
     doubtful[b] = doubt
@@ -168,7 +168,7 @@ def _store(b, n, support, coefficient, doubt, indices, values, doubtful):
         values[b, j] = coefficient[j] if j < n else 0
 
 # %% ../nbs/30_kernels_cpu.ipynb #383dfbfa
-@_kernel
+@_jit
 def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
     work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
@@ -198,7 +198,7 @@ def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtfu
         _store(b, n, support, coefficient, doubt, indices, values, doubtful)
 
 # %% ../nbs/30_kernels_cpu.ipynb #18aa9c92
-@_jit
+@_inline
 def _combine(w, gram, k, a, n):
     "w = sum over j < n of a[j] * gram[k[j]]. a is zero from n on."
     for j in range(0, n, 4):
@@ -210,7 +210,7 @@ def _combine(w, gram, k, a, n):
             for i in range(len(w)): w[i] += a0 * g0[i] + a1 * g1[i] + a2 * g2[i] + a3 * g3[i]
 
 # %% ../nbs/30_kernels_cpu.ipynb #e7cadb2d
-@_jit
+@_inline
 def _move(c, left, score, w, along, gone, risky):
     """Move along the direction w, and return the peak of the scores.
     An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score counts twice."""
@@ -228,7 +228,7 @@ def _move(c, left, score, w, along, gone, risky):
     return top
 
 # %% ../nbs/30_kernels_cpu.ipynb #3972ed0a
-@_jit
+@_inline
 def _rivals(c, left, least, error, shrink, gone):
     "How many atoms could score `least`, if correlations are off by up to `error` and left by up to `shrink`."
     rivals = np.int32(0)
@@ -269,7 +269,7 @@ def _certain(c, left, k, gram, support, n, inverse, spread, size, noise, eligibl
     return True
 
 # %% ../nbs/30_kernels_cpu.ipynb #76842378
-@_kernel
+@_jit
 def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
     work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
@@ -314,7 +314,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
         _store(b, n, support, coefficient, doubt, indices, values, doubtful)
 
 # %% ../nbs/30_kernels_cpu.ipynb #6ab7127f
-@_kernel
+@_jit
 def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
     work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
@@ -348,7 +348,7 @@ _L = 64                                                                     # la
 _Q, _TOP, _UNDER, _PICK = 4 * _L, 8 * _L, 9 * _L, 10 * _L                       # places in w; the residual is at 0
 
 # %% ../nbs/30_kernels_cpu.ipynb #209d0809
-@_jit
+@_inline
 def _lane_best(w, atoms):
     "Where an atom has the largest |correlation| so far, take it; two atoms a time."
     for k in range(0, len(atoms), 2):
@@ -363,7 +363,7 @@ def _lane_best(w, atoms):
             w[_TOP + l] = b if b > top else top
 
 # %% ../nbs/30_kernels_cpu.ipynb #31ea75d8
-@_jit
+@_inline
 def _lane_best_fraction(w, left, atoms, norms, n, gone):
     "Where an atom has the largest correlation^2 / left so far, take it; the last direction is first taken out of `left`."
     for k in range(0, len(atoms), 2):
@@ -388,21 +388,21 @@ def _lane_best_fraction(w, left, atoms, norms, n, gone):
             w[_PICK + l] = k + 1 if better else pick
 
 # %% ../nbs/30_kernels_cpu.ipynb #20e5f440
-@_jit
+@_inline
 def _lane_dot(out, o, a, i, b, j):
     "out[o:] = <a[i:], b[j:]> in every lane."
     for l in range(_L): out[o + l] = (a[i + l] * b[j + l] + a[i + _L + l] * b[j + _L + l]
                                       + a[i + 2 * _L + l] * b[j + 2 * _L + l] + a[i + 3 * _L + l] * b[j + 3 * _L + l])
 
 # %% ../nbs/30_kernels_cpu.ipynb #c47b99c6
-@_jit
+@_inline
 def _lane_remove(a, i, dot, b, j):
     "a[i:] -= dot * b[j:] in every lane."
     for m in range(4):
         for l in range(_L): a[i + m * _L + l] -= dot[l] * b[j + m * _L + l]
 
 # %% ../nbs/30_kernels_cpu.ipynb #ad3ab660
-@_kernel
+@_jit
 def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
     "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K, 4] float64, an even number of them."
     S, K, M = indices.shape[1], len(atoms), signals.shape[1]
@@ -586,7 +586,7 @@ def count_differences(
     return tuple(map(sum, zip(*counts)))
 
 # %% ../nbs/30_kernels_cpu.ipynb #6139bfbb
-@_kernel
+@_jit
 def _nearest_rows(correlations, half, nearest, lo, hi):
     "Argmax of c - half in rows lo..hi."
     for b in range(lo, hi):
