@@ -13,14 +13,9 @@ from torch import Tensor
 from .kernels_cpu import _jit as _compile, _options, _product, _run
 
 # %% ../nbs/34_kernels_search.ipynb #43496a6e
-<<<<<<< HEAD
-_jit = njit(**_options | {"fastmath": _options["fastmath"] | {"nnan"},               # or the least of a row is not vectorised
-                          "cache": _options["cache"] and "__file__" in globals()})   # a notebook's cell has no file
-=======
 def _jit(function):
     "Without `nnan` the minimum of a row is not vectorised."
     return _compile(function, fastmath=_options["fastmath"] | {"nnan"})
->>>>>>> kernels
 
 # %% ../nbs/34_kernels_search.ipynb #f71cd796
 @_jit
