@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CASES', 'PEERS', 'SLOW', 'RATIOS', 'GROWTH', 'Case', 'real_signals', 'entries_from', 'Problem', 'case_problem',
            'latent_problem', 'vq_torch', 'product_only', 'peer_call', 'time_rounds', 'vq_chunks', 'measure',
-           'ratio_table', 'working_memory', 'growth', 'support_agreement', 'plot_times', 'run_benchmark']
+           'ratio_table', 'working_memory', 'growth', 'support_agreement', 'profile_step', 'training_speed',
+           'plot_times', 'run_benchmark']
 
 # %% ../nbs/32_benchmark.ipynb #0003
 import importlib.util
@@ -13,22 +14,26 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .bottleneck import to_patches
-from .data import load_images
+from .data import as_floats, load_images
 from .kernels_cpu import chunk_rows, count_differences, omp_numba
-from .models import DLVAE, load_pretrained
+from .models import Autoencoder, load_pretrained
 from .pursuit import normalize_atoms
 from .sparse_coding import nearest_entry, omp_torch
-from .training import find_checkpoint
+from .training import find_checkpoint, make_model
 
 # %% ../nbs/32_benchmark.ipynb #0006
 @dataclass(frozen=True)
@@ -102,13 +107,14 @@ def case_problem(
 # %% ../nbs/32_benchmark.ipynb #0017
 @torch.no_grad()
 def latent_problem(
-    model: DLVAE,
+    model: Autoencoder,  # whose bottleneck has a dictionary
     images: Tensor,  # [N, 3, H, W] in [0, 1]
     seed: int = 0,  # of the codebook's choice
 ) -> Problem:
-    "What the bottleneck of a DL-VAE codes: its latents of these images, with its dictionary. The codebook is a choice of latents."
-    if not isinstance(model, DLVAE): raise ValueError(f"a {type(model).__name__} has no dictionary to measure; name a DLVAE")
+    "What a dictionary bottleneck codes: its latents of these images, with its dictionary. The codebook is a choice of latents."
     bottleneck = model.bottleneck
+    if not hasattr(bottleneck, "dictionary") or not hasattr(bottleneck, "sparsity_level"):
+        raise ValueError(f"a {type(bottleneck).__name__} has no dictionary to measure; name a model with bottleneck 'dl'")
     latents = torch.cat([to_patches(model.latents(part), bottleneck.patch_size).flatten(0, 2) for part in images.split(16)])   # [B, M]
     M, K = bottleneck.dictionary.shape
     return Problem(f"{M}x{K}x{bottleneck.sparsity_level} latents", latents, entries_from(latents, K, seed)[0],
@@ -160,7 +166,10 @@ def peer_call(
     if name == "scikit-learn":
         from sklearn.linear_model import orthogonal_mp_gram
         gram, products = (dictionary.T @ dictionary).numpy(), (dictionary.T @ signals.T).numpy()
-        return lambda: orthogonal_mp_gram(gram, products, n_nonzero_coefs=S)
+        def pursue():
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):           # when a signal needs fewer atoms
+                return orthogonal_mp_gram(gram, products, n_nonzero_coefs=S)
+        return pursue
     if name == "batched OMP":
         from orthogonal_matching_pursuit_gpu import run_omp
         return lambda: run_omp(dictionary, signals, S, normalize=False, fit_intercept=False)
@@ -181,7 +190,7 @@ def time_rounds(
 ) -> dict[str, list[float]]:  # name -> seconds for one call in each round
     "Call everything once a round, in turn."
     times, repeats = {name: [] for name in calls}, dict.fromkeys(calls, 1)
-    for round_number in range(rounds + 1):
+    for round_number in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(repeats[name]): call()
@@ -262,7 +271,7 @@ call(x[:2048])
 before = kilobytes("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 out = call(x)
-size = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,))) + ({case.K}**2 * 4 if "OMP" in {contestant!r} and {case.K}**2 * 4 < 2**28 else 0)
+size = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,))) + ({case.K}**2 * 4 if {contestant!r} in ("OMP", "ORMP") and {case.K}**2 * 4 < 2**28 else 0)
 print((kilobytes("VmHWM") - before) / 1024 - size / 2**20)
 """
     returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system, so a warm-up hides nothing
@@ -303,6 +312,64 @@ def support_agreement(
         rows.append({"case": problem.name, "method": method, "signals": len(indices), "supports that differ": differ, "of them near-ties": ties})
     return pd.DataFrame(rows)
 
+# %% ../nbs/32_benchmark.ipynb #f3c1e004
+def profile_step(
+    model: Autoencoder,    # on its device
+    loader,                # batches [B, 3, H, W] in [0, 1], at least one
+    steps: int = 5,        # timed steps; the median counts
+    warmup: int = 2,       # steps before, for compilation and caches
+) -> dict[str, float]:  # milliseconds of a step in data, encoder, bottleneck, decoder, optimiser; and all together
+    "Time of each part of a training step, forward and backward."
+    device = next(model.parameters()).device
+    def now():
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        return time.perf_counter()
+    optimizer, times, batches = torch.optim.Adam(model.parameters(), 1e-4), [], iter(loader)
+    model.train()
+    for _ in range(warmup + steps):
+        t = [now()]
+        x = next(batches, None)
+        if x is None: x = next(batches := iter(loader))
+        x = as_floats(x.to(device));                                  t.append(now())
+        z = model.latents(x);                                         t.append(now())
+        z_cut = z.detach().requires_grad_()
+        b = model.bottleneck(z_cut);                                  t.append(now())
+        q_cut = b.quantized.detach().requires_grad_()
+        loss = F.mse_loss(model.synthesize(q_cut), 2*x - 1)
+        loss.backward();                                              t.append(now())
+        torch.autograd.backward([b.quantized, b.loss], [q_cut.grad, None]); t.append(now())
+        z.backward(z_cut.grad);                                       t.append(now())
+        optimizer.step(), optimizer.zero_grad()
+        model.bottleneck.after_step()
+        t.append(now())
+        lap = [b - a for a, b in zip(t, t[1:])]                       # data, encoder, bottleneck, decoder, back, back, optimiser
+        times.append([lap[0], lap[1] + lap[5], lap[2] + lap[4], lap[3], lap[6]])
+    median = 1000*np.median(np.array(times[warmup:]), axis=0)
+    parts = dict(zip(("data", "encoder", "bottleneck", "decoder", "optimiser"), median.tolist()))
+    return dict(parts, step=sum(parts.values()))
+
+# %% ../nbs/32_benchmark.ipynb #265ffc56
+def training_speed(
+    configs: dict[str, Any],  # name -> group `model`
+    x: torch.Tensor,       # a batch [B, 3, H, W] in [0, 1], on the device to measure
+    rounds: int = 5,       # timed rounds; the median counts
+    warmup: int = 2,       # rounds before
+) -> dict[str, float]:  # name -> images per second
+    "Training throughput of several models."
+    models = {name: make_model(config).to(x.device) for name, config in configs.items()}
+    optimizers = {name: torch.optim.Adam(model.parameters(), 1e-4) for name, model in models.items()}
+    times = {name: [] for name in models}
+    for _ in range(warmup + rounds):
+        for name, model in models.items():
+            if x.is_cuda: torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(x).loss.backward()
+            optimizers[name].step(), optimizers[name].zero_grad()
+            model.bottleneck.after_step()
+            if x.is_cuda: torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
+
 # %% ../nbs/32_benchmark.ipynb #0049
 def _chosen(words, known, what):
     "Names from a comma-separated list, 'all' or 'none'."
@@ -330,7 +397,7 @@ def plot_times(
         ax.scatter(multiples[name], range(len(cases)), s=36, color=(colour | others)[name], label=name, alpha=0.85,
                    marker="|" if name == "VQ torch" else "o" if name in colour else "s", zorder=3 if name in colour else 2)
     ax.set(xscale="log", yticks=range(len(cases)), yticklabels=cases, xlabel="time, as a multiple of the VQ lookup (logarithmic)", ylim=(len(cases) - 0.5, -0.5),
-           title=f"OMP takes {ours.min():.1f} to {ours.max():.1f} times as long as a codebook lookup")
+           title=f"OMP takes {' to '.join(dict.fromkeys(f'{m:.1f}' for m in (ours.min(), ours.max())))} times as long as a codebook lookup")
     ax.axvline(1, color=COLORS["vq"], lw=1); ax.grid(axis="x", alpha=0.3)
     ax.legend(fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -349,7 +416,6 @@ def run_benchmark(
     seed: int = 0,  # of signals and entries
 ) -> pd.DataFrame:  # one row a contestant, case and round
     "Measure every case, print times, ratios and their spread, and write tables and picture."
-    from tqdm.auto import tqdm
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     if signals is not None and signals < 64: raise ValueError(f"signals must be at least 64, got {signals}")
     cases, wanted = _chosen(cases, CASES, "case"), _chosen(peers, PEERS, "peer")
@@ -362,7 +428,7 @@ def run_benchmark(
         latents = latent_problem(load_pretrained(find_checkpoint(model, "best")), images, seed)
         problems.append(lambda: latents)
     peers = tuple(n for n in wanted if n not in missing)
-    results = pd.concat([measure(make(), rounds, peers) for make in tqdm(problems, desc="laser_benchmark", delay=2, leave=False)], ignore_index=True)
+    results = pd.concat([measure(make(), rounds, peers) for make in tqdm(problems, desc="laser_benchmark", leave=False, disable=None)], ignore_index=True)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "benchmark.csv", index=False)

@@ -481,7 +481,8 @@ def display_name(model):
 # %% ../nbs/15_cli.ipynb #0065
 def minutes_to_train(runs, images):
     "Rough minutes for runs that start, or None: one warm and two timed steps of each model."
-    from laser.training import pick_accelerator, training_speed
+    from laser.benchmark import training_speed
+    from laser.training import pick_accelerator
     if any(checkpoint for _, checkpoint in runs): return None
     configs = [config for config, _ in runs]
     batch = images.batch(range(min(configs[0].data.batch_size, len(images))))

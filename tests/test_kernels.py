@@ -94,16 +94,18 @@ assert torch.equal(torch.compile(notebook["nearest_entry"], fullgraph=True, back
 @pytest.mark.parametrize("B, M, K, S, method, dtype", [
     (300_000, 3, 16, 4, "ormp", "float32"), (100_000, 64, 512, 3, "ormp", "float32"), (20_000, 64, 512, 3, "omp", "float64"),
     (3200, 16, 9000, 3, "omp", "float32"), (3200, 16, 9000, 3, "ormp", "float32"), (2100, 16, 6000, 3, "omp", "float64"),  # Gram matrices of 288 MB and more
-    (3200, 16, 9000, 1, "vq", "float32")])
+    (3200, 16, 9000, 1, "vq", "float32"), (65_536, 16, 1024, 4, "torch", "float32")])
 def test_working_memory_stays_under_256_mb(B, M, K, S, method, dtype):
     script = f"""
 import torch
 from laser.kernels_cpu import omp_numba
 from laser.pursuit import normalize_atoms
-from laser.sparse_coding import nearest_entry
+from laser.sparse_coding import nearest_entry, omp_torch
 def megabytes(key): return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
 x, D = torch.randn({B}, {M}, dtype=torch.{dtype}), normalize_atoms(torch.randn({M}, {K}, dtype=torch.{dtype}))
-def code(x, D): return nearest_entry(x, D.T) if "{method}" == "vq" else omp_numba(x, D, {S}, method="{method}")[0]
+def code(x, D):
+    if "{method}" == "vq": return nearest_entry(x, D.T)
+    return omp_torch(x, D, {S})[0] if "{method}" == "torch" else omp_numba(x, D, {S}, method="{method}")[0]
 code(x[:2], D)
 code(x[:200].repeat(2, 1)[:, :1].repeat(1, 20), normalize_atoms(torch.randn(20, 30, dtype=x.dtype)))
 before = megabytes("VmRSS")
