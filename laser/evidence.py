@@ -149,6 +149,7 @@ COUNTED = ["model.rate_weight=0.002", "model.commitment_cost=0.02"]
 STAGES = ["model.num_embeddings=512", "model.num_quantizers=6", "model.num_codebooks=4"]
 
 RECIPES = {  # name -> overrides of `laser_train`
+    "ae": [*COMMON, "model=ae"],    # no bottleneck: the upper bound
     "vq": [*COMMON, "model=vqvae", "model.num_embeddings=512"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
@@ -156,7 +157,7 @@ RECIPES = {  # name -> overrides of `laser_train`
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2
-RATE_WEIGHTS = (0.002, 0.006, 0.015, 0.04, 0.1)
+RATE_WEIGHTS = (0.02, 0.06, 0.15, 0.35, 0.8)
 CURVES = {  # name -> its recipe and the settings of its points
     "vq": ("vq", [dict(rate_weight=w) for w in (0.0, 0.05)]),
     "rvq": ("rvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
@@ -180,8 +181,8 @@ def curve_file(
 def measure(
     name: str,  # in `CURVES` or `CODECS`
     run: str | Path | None,  # folder of the run of its recipe; None for image files
-    train: int = 1000,  # training faces that tables are fitted on
-    test: int = 500,  # test faces
+    train: int = 600,  # training faces that tables are fitted on
+    test: int = 300,  # test faces
     batch: int = 25,  # images coded at a time
 ) -> pd.DataFrame:  # of `rate_curve`
     "The curve of one method on CelebA faces at 128x128. `FileNotFoundError` where the run has no checkpoint."

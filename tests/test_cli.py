@@ -399,7 +399,11 @@ def test_every_command_line_of_the_readme_runs(line, job, tmp_path):
         noise(tmp_path/"celeba"/"img_align_celeba"/f"{i:06d}.jpg", (178, 218), seed=i)
     (tmp_path/"outputs").mkdir()
     (tmp_path/"outputs"/"train").symlink_to(folder)
-    run_name = "out/dlvae" if command == "laser_benchmark" else "out"
+    run_name = dict(laser_benchmark="out/dlvae", laser_compress="out/vqvae", laser_decompress="out/vqvae",
+                    laser_encode="out/vqvae").get(command, "out")
+    noise(tmp_path/"photo.jpg", (40, 30))
+    if command == "laser_decompress":
+        assert run("laser_compress", "outputs/train/out/vqvae", "photo.jpg", cwd=tmp_path).returncode == 0
     words = [re.sub(r"DATE_TIME|RUN(_\w+)?$", run_name, w) for w in words]
     if command == "laser_train" and not any(w.startswith("train.resume") for w in words): words += [w for w in SMALL if "batch" not in w]
     if command == "laser_train": words += ["data.batch_size=2", "data.num_workers=0"] if "train.resume" not in line else []
