@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'BOUNDS', 'COLUMNS', 'key', 'DataConfig', 'TrainConfig', '
            'Position', 'psnr_of_loss', 'pick_accelerator', 'make_fabric', 'diverged', 'epoch_line', 'lr_now', 'gather',
            'first_for_all', 'progress_bar', 'show', 'training_loaders', 'Run', 'train_batch', 'look', 'save', 'restore',
            'end_epoch', 'TableImages', 'add_tables', 'LostProcess', 'Heartbeat', 'FitResult', 'fit', 'train_epochs',
-           'profile_step', 'training_speed', 'evaluation_rows', 'format_table']
+           'evaluation_rows', 'format_table']
 
 # %% ../nbs/10_training.ipynb #0003
 import atexit, copy, json, math, operator, os, random, re, secrets, signal, sys, threading, time
@@ -898,64 +898,6 @@ def train_epochs(
             if run.stopped: return save(run)                                     # where we are: the rest of the epoch is for later
             end_epoch(run, logs, images, seconds, waited)
             if not bar.disable: bar.write(epoch_line(run.config.model.type, run.row, t.max_epochs))
-
-# %% ../nbs/10_training.ipynb #0134
-def profile_step(
-    model: Autoencoder,    # on its device
-    loader,                # batches [B, 3, H, W] in [0, 1], at least one
-    steps: int = 5,        # timed steps; the median counts
-    warmup: int = 2,       # steps before, for compilation and caches
-) -> dict[str, float]:  # milliseconds of a step in data, encoder, bottleneck, decoder, optimiser; and all together
-    "Time of each part of a training step, forward and backward."
-    device = next(model.parameters()).device
-    def now():
-        if device.type == "cuda": torch.cuda.synchronize(device)
-        return time.perf_counter()
-    optimizer, times, batches = torch.optim.Adam(model.parameters(), 1e-4), [], iter(loader)
-    model.train()
-    for _ in range(warmup + steps):
-        t = [now()]
-        x = next(batches, None)
-        if x is None: x = next(batches := iter(loader))
-        x = as_floats(x.to(device));                                  t.append(now())
-        z = model.latents(x);                                         t.append(now())
-        z_cut = z.detach().requires_grad_()
-        b = model.bottleneck(z_cut);                                  t.append(now())
-        q_cut = b.quantized.detach().requires_grad_()
-        loss = F.mse_loss(model.synthesize(q_cut), 2*x - 1)
-        loss.backward();                                              t.append(now())
-        torch.autograd.backward([b.quantized, b.loss], [q_cut.grad, None]); t.append(now())
-        z.backward(z_cut.grad);                                       t.append(now())
-        optimizer.step(), optimizer.zero_grad()
-        model.bottleneck.after_step()
-        t.append(now())
-        lap = [b - a for a, b in zip(t, t[1:])]                       # data, encoder, bottleneck, decoder, back, back, optimiser
-        times.append([lap[0], lap[1] + lap[5], lap[2] + lap[4], lap[3], lap[6]])
-    median = 1000*np.median(np.array(times[warmup:]), axis=0)
-    parts = dict(zip(("data", "encoder", "bottleneck", "decoder", "optimiser"), median.tolist()))
-    return dict(parts, step=sum(parts.values()))
-
-# %% ../nbs/10_training.ipynb #0137
-def training_speed(
-    configs: dict[str, Any],  # name -> group `model`
-    x: torch.Tensor,       # a batch [B, 3, H, W] in [0, 1], on the device to measure
-    rounds: int = 5,       # timed rounds; the median counts
-    warmup: int = 2,       # rounds before
-) -> dict[str, float]:  # name -> images per second
-    "Training throughput of several models."
-    models = {name: make_model(config).to(x.device) for name, config in configs.items()}
-    optimizers = {name: torch.optim.Adam(model.parameters(), 1e-4) for name, model in models.items()}
-    times = {name: [] for name in models}
-    for _ in range(warmup + rounds):
-        for name, model in models.items():
-            if x.is_cuda: torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(x).loss.backward()
-            optimizers[name].step(), optimizers[name].zero_grad()
-            model.bottleneck.after_step()
-            if x.is_cuda: torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: len(x)/float(np.median(t[warmup:])) for name, t in times.items()}
 
 # %% ../nbs/10_training.ipynb #0140
 def evaluation_rows(
