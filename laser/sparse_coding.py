@@ -87,7 +87,7 @@ def refit(
     return values[..., 0].to(signals.dtype)
 
 # %% ../nbs/01_sparse_coding.ipynb #f64c12d6
-WORK_BYTES = 256 * 2**20  # working memory beyond inputs, outputs and the Gram matrix
+WORK_BYTES = 192 * 2**20  # of a chunk, in the reference: with what its products take besides, it stays below 256 MB
 
 # %% ../nbs/01_sparse_coding.ipynb #afcbf055
 @torch.no_grad()
