@@ -133,6 +133,7 @@ def read_config(
     config = read_json(path, "use a copy, or another checkpoint")
     old = {"VQVAE": "vq", "DLVAE": "dl"}      # how version 0.1 named what it saved
     if "bottleneck" not in config and "own" not in config: config["bottleneck"] = old.get(config.get("model"), config.get("model"))
+    if "own" not in config: config.setdefault("linear_path", False)   # which no network had then
     return config
 
 # %% ../nbs/06_models.ipynb #7111dcfe
@@ -214,6 +215,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         num_residual_blocks: int = 2,  # blocks in each residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of a residual block
         downsampling_factor: int = 4,  # image side over latent side: 4, 8 or 16
+        linear_path: bool = True,  # a linear map of each patch beside the layers of encoder and decoder
         **options,  # of the bottleneck: see `model_options(name)`
     ):
         super().__init__()

@@ -69,17 +69,22 @@ class Encoder(nn.Module):
         num_residual_blocks: int = 2,    # blocks in the residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of each block
         downsampling_factor: int = 4,    # f: 4, 8 or 16
+        linear_path: bool = True,        # a linear map of each f x f patch beside the layers
     ):
         super().__init__()
         widths = layer_widths(in_channels, num_hiddens, num_halvings(downsampling_factor))
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
         self.conv = nn.Conv2d(num_hiddens, num_hiddens, 3, padding=1)
         self.residual = ResidualStack(num_hiddens, num_residual_blocks, num_residual_hiddens)
+        f = downsampling_factor
+        self.linear = nn.Conv2d(in_channels, num_hiddens, f, stride=f, bias=False) if linear_path else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x [B, 3, H, W]
-        for conv in self.down: x = F.relu(conv(x))       # [B, C/2, H/2, W/2], then [B, C, H/4, W/4], ...
-        x = self.conv(x)                                 # [B, C, H/f, W/f]
-        return self.residual(x)                          # [B, C, H/f, W/f]
+        h = x
+        for conv in self.down: h = F.relu(conv(h))       # [B, C/2, H/2, W/2], then [B, C, H/4, W/4], ...
+        h = self.conv(h)                                 # [B, C, H/f, W/f]
+        h = self.residual(h)                             # [B, C, H/f, W/f]
+        return h if self.linear is None else h + self.linear(x)
 
 # %% ../nbs/05_networks.ipynb #0023
 class Decoder(nn.Module):
@@ -90,13 +95,17 @@ class Decoder(nn.Module):
         num_residual_blocks: int = 2,    # blocks in the residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of each block
         downsampling_factor: int = 4,    # f: 4, 8 or 16
+        linear_path: bool = True,        # a linear map of each f x f patch beside the layers
     ):
         super().__init__()
         widths = layer_widths(out_channels, num_hiddens, num_halvings(downsampling_factor))[::-1]
         self.residual = ResidualStack(num_hiddens, num_residual_blocks, num_residual_hiddens)
+        f = downsampling_factor
+        self.linear = nn.ConvTranspose2d(num_hiddens, out_channels, f, stride=f, bias=False) if linear_path else None
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:   # h [B, C, H/f, W/f]
-        h = self.residual(h)                              # [B, C, H/f, W/f]
-        for conv in self.up[:-1]: h = F.relu(conv(h))     # ..., then [B, C/2, H/2, W/2]
-        return self.up[-1](h)                             # [B, 3, H, W]
+        x = self.residual(h)                              # [B, C, H/f, W/f]
+        for conv in self.up[:-1]: x = F.relu(conv(x))     # ..., then [B, C/2, H/2, W/2]
+        x = self.up[-1](x)                                # [B, 3, H, W]
+        return x if self.linear is None else x + self.linear(h)
