@@ -14,6 +14,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
@@ -265,6 +266,7 @@ class _State(nn.Module):
         self.register_buffer("initialized", torch.tensor(init == "random"))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))   # training batches seen
         self._host = (init == "random", 0)                                # (initialized, steps), as the buffers say
+        self._before = None                                               # what the last training batch has changed, as it was
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -282,6 +284,22 @@ class _State(nn.Module):
         self._host = (True, self._state()[1] + steps)
         self.initialized.fill_(True)
         self.steps += steps
+
+    def _remember(self):
+        buffers = [(m, {name: b.clone() for name, b in m._buffers.items() if b is not None}) for m in self.modules()]
+        self._before = self._state(), buffers
+
+    @contextmanager
+    def _as_before(self):
+        "Everything as it was before the last training batch was learned from."
+        host, buffers = self._before
+        now = self._host, [(m, dict(m._buffers)) for m, _ in buffers]
+        def put(host, buffers):
+            self._host = host
+            for m, values in buffers: m._buffers.update(values)
+        put(host, buffers)
+        try: yield
+        finally: put(*now)
 
     @property
     def usage(self) -> Tensor:
@@ -419,17 +437,28 @@ class Bottleneck(_Alphabet, _State):
 
     def forward(self, z: Tensor) -> BottleneckOutput:
         "Latents [B, C, *spatial] to `BottleneckOutput`; float32 inside, also under autocast."
+        if self.training and torch.compiler.is_compiling():    # numbers of Python that change with each batch would compile anew
+            return torch.compiler.disable(self._train_pass)(z)
+        return self._train_pass(z) if self.training else self._pass(z)
+
+    def _train_pass(self, z):
+        "A pass that learns, or, within a backward pass, its repetition for activation checkpointing, which does not."
+        if self._before is None or torch._C._current_graph_task_id() < 0: return self._pass(z, learn=True)
+        with self._as_before(): return self._pass(z)
+
+    def _pass(self, z, learn=False):
         z = self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             patches = to_patches(z, self.patch_size)                           # [B, *grid, M]
             signals = patches.flatten(0, -2)                                   # [N, M]
-            if self.training and not self._state()[0]:
+            if learn and not self._state()[0]:
                 with torch.no_grad(): self.initialize(_tame(signals)), self._placed()
+            if learn: self._remember()
             codes = self.training_codes(signals) if self.training else self.encode_signals(signals)
             decoded = self.decode_signals(codes)                               # [N, M]
             loss = self.losses(signals, decoded)
             q = from_patches(self.with_gradient(signals, decoded).view(patches.shape), self.patch_size)
-            if self.training: self._learn(_tame(signals), _tame(decoded), codes)
+            if learn: self._learn(_tame(signals), _tame(decoded), codes)
         return BottleneckOutput(q, loss, codes.detach().reshape(*patches.shape[:-1], *self.code_shape))
 
     @torch.no_grad()

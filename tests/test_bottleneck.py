@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from laser.bottleneck import BOTTLENECKS, Bottleneck, VectorQuantizer, make_bottleneck, register
 from laser.models import Autoencoder, load_pretrained
@@ -111,3 +114,41 @@ def test_a_bottleneck_of_ones_own_is_saved_by_name_and_loaded(tmp_path):
     name = BOTTLENECKS.pop("test-lists")                   # a folder names a bottleneck; it never brings one
     with pytest.raises(ValueError, match="no bottleneck 'test-lists'"): load_pretrained(tmp_path)
     BOTTLENECKS["test-lists"] = name
+
+
+KINDS = dict(vq=dict(rate_weight=0.01), dl=dict(coefficient_bits=6), simvq={}, fsq={}, pq={}, none={},
+             rvq=dict(stage_dropout=0.5), gsvq=dict(rate_weight=0.01, beam=2))
+
+
+def trained(kind, run, steps=5):
+    """A small model after a few steps of SGD, each of `run(model, x)`: its numbers, and the gradient of the last step."""
+    torch.manual_seed(0)
+    model = Autoencoder(kind, num_hiddens=8, num_residual_hiddens=4, num_residual_blocks=1, embedding_dim=8, **KINDS[kind])
+    optimizer, graphs = torch.optim.SGD(model.parameters(), 0.1), []
+    run = run(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        run(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))).backward()
+        optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return [*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)], graphs
+
+
+def plain(model): return lambda x: model(x).loss
+
+
+def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_learns_once_and_the_same(kind, reentrant):
+    def run(model): return lambda x: checkpoint(lambda x: model(x).loss, x.requires_grad_(), use_reentrant=reentrant)
+    assert same(trained(kind, run)[0], trained(kind, plain)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_is_compiled_once_and_the_same(kind):
+    torch._dynamo.reset(), counters.clear()
+    numbers, graphs = trained(kind, lambda model: plain(torch.compile(model, backend="eager")))
+    assert same(numbers, trained(kind, plain)[0]) and set(graphs) == {2}          # before and after the bottleneck
