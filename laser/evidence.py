@@ -143,9 +143,9 @@ def bootstrap_difference(
     return (gap(np.arange(n)), *np.nanquantile(gaps, [0.025, 0.975])) if not np.isnan(gaps).all() else (math.nan,) * 3
 
 # %% ../nbs/16_evidence.ipynb #bdd06d09
-COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=4", "train.learning_rate=1e-3", "train.pictures=0",
+COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=5e-3", "train.pictures=0",
           "model.num_hiddens=64", "model.downsampling_factor=8"]
-COUNTED = ["model.rate_weight=0.002", "model.commitment_cost=0.02"]
+COUNTED = ["model.rate_weight=0.03", "model.commitment_cost=0.05"]
 STAGES = ["model.num_embeddings=512", "model.num_quantizers=6", "model.num_codebooks=4"]
 
 RECIPES = {  # name -> overrides of `laser_train`
@@ -153,11 +153,11 @@ RECIPES = {  # name -> overrides of `laser_train`
     "vq": [*COMMON, "model=vqvae", "model.num_embeddings=512"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
-    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=128", "model.sparsity_level=8", *COUNTED],
+    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=96", "model.sparsity_level=12", *COUNTED],
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2
-RATE_WEIGHTS = (0.02, 0.06, 0.15, 0.35, 0.8)
+RATE_WEIGHTS = (0.006, 0.015, 0.035, 0.08, 0.2)
 CURVES = {  # name -> its recipe and the settings of its points
     "vq": ("vq", [dict(rate_weight=w) for w in (0.0, 0.05)]),
     "rvq": ("rvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
