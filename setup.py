@@ -31,7 +31,7 @@ setup(
     ],
     packages=find_packages(include=["laser", "laser.*"]),
     package_dir={"": "."},           # an editable install is then a plain path, which type checkers and editors follow
-    package_data={"laser": ["py.typed"]},
+    package_data={"laser": ["py.typed", "pretrained/*/*"]},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=split(cfg["requirements"]),

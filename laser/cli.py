@@ -9,9 +9,10 @@ __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'g
            'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
            'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
            'minutes_to_train', 'coded_rate', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
-           'evaluate', 'Reconstruct', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest', 'sheet_figure',
-           'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode', 'one_model',
-           'report', 'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark', 'benchmark']
+           'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest',
+           'sheet_figure', 'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode',
+           'one_model', 'report', 'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark',
+           'benchmark']
 
 # %% ../nbs/15_cli.ipynb #0003
 import difflib, json, math, os, re, sys, tempfile, warnings
@@ -211,6 +212,11 @@ def help_text(settings: type, groups: dict) -> str:
         for who in dict.fromkeys(map(tuple, owners.values())):
             lines.append("  " + ("any model:" if len(who) == len(choices) else f"model={', '.join(who)}:"))
             lines += [text for text, have in owners.items() if tuple(have) == who]
+    if "checkpoint" in (f.name for f in fields(settings)):
+        from laser.models import list_pretrained
+        lines += ["\nModels that come with the package, and what they reach on faces of CelebA's test partition:"]
+        lines += [f"  {name:<15} " + ", ".join(f"{r['psnr']:.1f} dB at {r['bits_per_pixel']:.2f}" for r in results) + " bits a pixel"
+                  for name, results in list_pretrained().items()]
     lines += ["\n--cfg job shows the configuration that would be used, and stops; -m key=a,b runs with each value.",
               "output_dir=FOLDER is where results go (else outputs/COMMAND/DATE_TIME)."]
     return "\n".join(lines)
@@ -572,10 +578,12 @@ class Evaluate(Settings):
     seed: int = option(42, "of the choice that limit makes")
 
 def find_models(places: list[str]) -> list[Path]:
-    "The models that a list of paths means: the best of each run."
+    "The models that a list of paths and names means: the best of each run; of nothing, those that come with the package."
     from laser.checkpoints import find_checkpoint
-    found = []
-    for place in map(Path, places):
+    from laser.models import SHIPPED, list_pretrained
+    shipped, found = list_pretrained(), []
+    for place in map(Path, places or shipped):
+        if not place.exists() and place.name in shipped: place = SHIPPED/place.name
         job = place/"job.json"
         parts = [place/run["model"]["type"] for run in json.loads(job.read_text())] if job.is_file() else []
         found += [find_checkpoint(part, "best") for part in parts or [place]]
@@ -630,15 +638,26 @@ def evaluate(c: Evaluate, typed: dict):
 class Reconstruct(Settings):
     """laser_reconstruct sends pictures through trained models: reconstructions, error maps, and a sheet of both.
 
+  laser_reconstruct photo.jpg                               with the models that come with the package
   laser_reconstruct outputs/train/DATE_TIME photo.jpg       every model of the run, side by side
   laser_reconstruct CHECKPOINT FOLDER_OF_PICTURES coefficient_bits=8
   laser_reconstruct CHECKPOINT a.png b.png size=256         centre square of 256x256 instead of the whole picture"""
-    checkpoint: str = option("", "a run (the best of each model is taken), a checkpoint or a saved model", path=True)
+    checkpoint: str = option("", "a run (the best of each model), a checkpoint, a saved model or the name of one below; "
+                                 "nothing: all below", path=True)
     images: list[str] = option([], "files and folders", path=True)
     whole: bool = option(True, "whole pictures; false: the centre square, of the training images' size")
     size: Optional[int] = option(None, "side of the centre square; null: see whole")
     coefficient_bits: Optional[int] = option(None, "round continuous coefficients to so many bits")
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
+
+# %% ../nbs/15_cli.ipynb #a518db95
+def without_model(files: str):  # key of the pictures; a function that changes the line
+    "Let the place of the model be left out."
+    def prepare(line, groups):
+        place = line.typed.get("checkpoint")
+        if not place or not (os.path.isfile(place) or files not in line.typed and os.path.exists(place)): return
+        line.typed[files] = [line.typed.pop("checkpoint"), *line.typed.get(files, [])]
+    return prepare
 
 # %% ../nbs/15_cli.ipynb #0078
 def margin(model) -> int | None:
@@ -719,7 +738,7 @@ def thumbnail(x):
 # %% ../nbs/15_cli.ipynb #0093
 SHEET_ROWS = 16
 
-@command(Reconstruct, ("checkpoint", "images"))
+@command(Reconstruct, ("checkpoint", "images"), without_model("images"))
 def reconstruct(c: Reconstruct, typed: dict):
     "What `laser_reconstruct` does."
     import matplotlib.pyplot as plt
@@ -729,8 +748,8 @@ def reconstruct(c: Reconstruct, typed: dict):
     from laser.data import image_files, load_image
     from laser.models import load_pretrained
     from laser.training import pick_accelerator
-    if not c.checkpoint or not c.images: raise ValueError("name a run and at least one picture; --help shows how")
-    device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint])
+    if not c.images: raise ValueError("name at least one picture; --help shows how")
+    device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint] if c.checkpoint else [])
     models = {display_name(model): model.to(device).eval() for model in map(load_pretrained, folders)}
     if c.coefficient_bits is not None:
         can = [m.bottleneck for m in models.values() if hasattr(m.bottleneck, "coefficient_bits")]
@@ -773,7 +792,7 @@ def trained_size(folder: Path) -> int:
 # %% ../nbs/15_cli.ipynb #0096
 @dataclass
 class OneModel(Settings):
-    checkpoint: str = option("", "a run of one model (its best is taken), a checkpoint or a saved model", path=True)
+    checkpoint: str = option("dl-celeba-128", "a run of one model (its best is taken), a checkpoint, a saved model or a name below", path=True)
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
     rate_weight: Optional[float] = option(None, "what a bit weighs against squared error; null: as the model has it")
 
@@ -781,6 +800,7 @@ class OneModel(Settings):
 class Compress(OneModel):
     """laser_compress writes pictures as small files, photo.jpg to photo.laser.
 
+  laser_compress photo.jpg                                  with a model that comes with the package
   laser_compress outputs/train/DATE_TIME/vqvae photo.jpg
   laser_compress RUN FOLDER_OF_PICTURES to=small rate_weight=0.01"""
     files: list[str] = option([], "files and folders", path=True)
@@ -791,6 +811,7 @@ class Compress(OneModel):
 class Decompress(Compress):
     """laser_decompress writes the pictures of small files, photo.laser to photo.png, with the model that made them.
 
+  laser_decompress photo.laser
   laser_decompress outputs/train/DATE_TIME/vqvae photo.laser
   laser_decompress RUN FOLDER to=pictures"""
 
@@ -808,7 +829,7 @@ def one_model(c):
     "The model of a command that works with one."
     from laser.models import load_pretrained
     from laser.training import pick_accelerator
-    if not c.checkpoint or getattr(c, "files", None) == []: raise ValueError("name a run and a file; --help shows how")
+    if getattr(c, "files", None) == []: raise ValueError("name at least one file; --help shows how")
     device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint])
     if len(folders) > 1:
         names = ", ".join(str(f.parents[1]) for f in folders)
@@ -821,14 +842,14 @@ def report(written):
     pixels, size = sum(w.height*w.width for w in written), sum(w.bytes for w in written)
     print(f"{len(written)} file(s), {size:,} bytes, {8*size/pixels:.4f} bits a pixel")
 
-@command(Compress, ("checkpoint", "files"))
+@command(Compress, ("checkpoint", "files"), without_model("files"))
 def compress(c: Compress, typed: dict):
     "What `laser_compress` does."
     from laser.codec import compress_files
     model, _ = one_model(c)
     report(compress_files(model, c.files, c.to, c.rate_weight, c.overwrite, progress=True))
 
-@command(Decompress, ("checkpoint", "files"))
+@command(Decompress, ("checkpoint", "files"), without_model("files"))
 def decompress(c: Decompress, typed: dict):
     "What `laser_decompress` does."
     from laser.codec import decompress_files
