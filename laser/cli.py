@@ -8,7 +8,7 @@ __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'g
            'overrides', 'default_of', 'key_lines', 'help_text', 'fail', 'check_writable', 'load_plugins', 'read_line',
            'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
            'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
-           'minutes_to_train', 'coded_rate', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
+           'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
            'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest',
            'sheet_figure', 'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode',
            'one_model', 'report', 'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark',
@@ -496,11 +496,25 @@ def minutes_to_train(runs, images):
     speed = training_speed({i: config.model for i, config in enumerate(configs)}, batch, rounds=2, warmup=1)
     return sum(config.train.max_epochs*len(images)/speed[i] for i, config in enumerate(configs))/60
 
-def coded_rate(model, images):
-    "Bits a pixel that up to 64 images take on disk, headers and all; nothing for a model that cannot write streams."
-    x = images.batch(range(min(64, len(images)))).to(next(model.parameters()).device)
-    try: return dict(bits_per_pixel_coded=8*sum(map(len, model.compress(x)))/(len(x)*x[0, 0].numel()))
-    except ValueError: return {}
+def measured(model, images, limit=64, batch=32):
+    """Parameters, images encoded and decoded in a second, and the bits a pixel that up to `limit` images take on disk, headers
+    and all; no bits for a model that cannot write streams."""
+    import time
+    import torch
+    from laser.data import as_floats
+    device, n, size, pixels = next(model.parameters()).device, min(limit, len(images)), 0, 0
+    x = as_floats(images.batch(range(min(batch, n))).to(device))
+    with torch.no_grad():
+        model(x)
+        start = time.perf_counter()
+        model(x).reconstruction.cpu()
+        about = dict(parameters=sum(p.numel() for p in model.parameters()), images_per_second=len(x)/(time.perf_counter() - start))
+    try:
+        for i in range(0, n, batch):
+            x = images.batch(range(i, min(i + batch, n))).to(device)
+            size, pixels = size + sum(map(len, model.compress(x))), pixels + len(x)*x[0, 0].numel()
+        return dict(about, bits_per_pixel_coded=8*size/pixels)
+    except ValueError: return about
 
 def comparison_figure(test, dataset, models):
     "Whole photographs of the test images, and for each model (name -> model) reconstruction, error and bits."
@@ -546,7 +560,7 @@ def train(c: Train, typed: dict):
                              rank=fabric.global_rank, world_size=fabric.world_size)
     rows = [row for name, model in models.items() for row in evaluation_rows(name, model, loader, fabric.device)]
     if not fabric.is_global_zero: return 0
-    for name, model in models.items(): next(r for r in rows if r["model"] == name).update(coded_rate(model, test))
+    for name, model in models.items(): next(r for r in rows if r["model"] == name).update(measured(model, test))
     size = f"{first.data.image_size}x{first.data.image_size}"
     print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
           f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
@@ -564,6 +578,7 @@ class Evaluate(Settings):
 
   laser_evaluate outputs/train/DATE_TIME                    a run, or a folder with several: the best checkpoint of each
   laser_evaluate RUN_A RUN_B data=celeba split=test
+  laser_evaluate vq-celeba-128 dl-celeba-128 data=celeba    models that come with the package, by name
   laser_evaluate RUN data.root=FOLDER                       the images are elsewhere now
   laser_evaluate RUN/checkpoints/last coefficient_bits=6
   laser_evaluate RUN lpips=true fid=true                    needs pretrained networks, fetched once"""
@@ -610,9 +625,9 @@ def evaluate(c: Evaluate, typed: dict):
     from torch.utils.data import DataLoader
     from laser.data import get_dataset, worker_count
     from laser.metrics import load_fid, load_lpips
-    from laser.models import load_pretrained, read_config
+    from laser.models import SHIPPED, load_pretrained, read_config
     from laser.training import evaluation_rows, format_table, pick_accelerator
-    if not c.checkpoints: raise ValueError("name at least one checkpoint: laser_evaluate outputs/train/DATE_TIME")
+    if not c.checkpoints: raise ValueError("name at least one checkpoint, such as laser_evaluate outputs/train/DATE_TIME, or a model of --help")
     device, folders = pick_accelerator(c.accelerator), find_models(c.checkpoints)
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], c.data, typed)
@@ -625,8 +640,10 @@ def evaluate(c: Evaluate, typed: dict):
     print(f"{images.label}: {len(images):,} images of {size}, partition {c.split}", flush=True)
     rows = []
     for folder, model in zip(folders, models):
-        name = f"{display_name(model)} {os.path.relpath(folder)}"
-        rows += evaluation_rows(name, model, loader, device, c.coefficient_bits, lpips, fid)
+        name = folder.name if folder.parent == SHIPPED else f"{display_name(model)} {os.path.relpath(folder)}"
+        new = evaluation_rows(name, model, loader, device, c.coefficient_bits, lpips, fid)
+        new[0].update(measured(model, images, 1000))
+        rows += new
     print(f"\n{format_table(rows)}")
     table = write_results(c.output_dir, rows, configuration=asdict(c), data=images.label, partition=c.split,
                           crop=f"centre square, {size}", models=[str(folder) for folder in folders],

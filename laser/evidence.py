@@ -144,7 +144,7 @@ def bootstrap_difference(
     return (gap(np.arange(n)), *np.nanquantile(gaps, [0.025, 0.975])) if not np.isnan(gaps).all() else (math.nan,) * 3
 
 # %% ../nbs/16_evidence.ipynb #bdd06d09
-COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=5e-3", "train.pictures=0",
+COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=3e-3", "train.beta2=0.99", "train.pictures=0",
           "model.num_hiddens=64", "model.downsampling_factor=8"]
 COUNTED = ["model.rate_weight=0.03", "model.commitment_cost=0.05"]
 STAGES = ["model.num_embeddings=512", "model.num_quantizers=6", "model.num_codebooks=4"]

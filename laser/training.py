@@ -920,7 +920,8 @@ COLUMNS = dict(model=("model", ""), coefficients=("coefficients", ""), mse=("MSE
                psnr_of_mean_mse=("PSNR of mean MSE", ".2f"), ssim=("SSIM", ".4f"), lpips=("LPIPS", ".4f"), rfid=("rFID", ".2f"),
                usage=("usage", ".1%"), perplexity=("perplexity", ".1f"), bits_per_pixel=("bits/pixel", ".4g"),
                bits_per_pixel_ideal=("ideal bits/pixel", ".4g"),
-               bits_per_pixel_coded=("bits/pixel on disk", ".4g"))   # column -> its title and format
+               bits_per_pixel_coded=("bits/pixel on disk", ".4g"), parameters=("parameters", ","),
+               images_per_second=("images/s", ".0f"))   # column -> its title and format
 
 def format_table(
     rows: list[dict],  # of `evaluation_rows`
