@@ -251,25 +251,24 @@ def smallest(
 
 # %% ../nbs/16_evidence.ipynb #78fa0f99
 def store_small(
-    model: Autoencoder,  # its networks hold numbers of half precision
+    model: Autoencoder,  # of `round_networks`
     folder: str | Path,  # made if it is not there
 ) -> None:
-    "`save_pretrained`, with networks in half precision and small integers."
+    "`save_pretrained`, with half precision where that changes no number, and small integers."
     from safetensors.torch import save_file
     from laser.models import CONFIG_NAME, WEIGHTS_NAME, write_digests
     model.save_pretrained(folder)
-    weights = {k: v if k.startswith("bottleneck.") and v.is_floating_point() else v.half() if v.is_floating_point() else smallest(v)
-               for k, v in model.state_dict().items()}
+    def small(x): return smallest(x) if not x.is_floating_point() else x.half() if torch.equal(x.half().to(x.dtype), x) else x
+    weights = {name: small(x) for name, x in model.state_dict().items()}
     save_file(weights, Path(folder)/WEIGHTS_NAME)
     write_digests(Path(folder), CONFIG_NAME, WEIGHTS_NAME)
 
 def round_networks(
     model: Autoencoder,  # changed
 ) -> Autoencoder:
-    "Round all but the bottleneck to half precision."
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not name.startswith("bottleneck."): p.copy_(p.half())
+    "Round weights and codebooks to half precision, but not dictionaries, and not what does not fit."
+    for name, x in model.state_dict().items():
+        if x.is_floating_point() and "dictionar" not in name and x.half().isfinite().all(): x.copy_(x.half())
     return model
 
 # %% ../nbs/16_evidence.ipynb #f405643e
