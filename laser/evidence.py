@@ -310,7 +310,8 @@ def ship_model(
     import json
     import laser
     from laser.checkpoints import find_checkpoint
-    from laser.data import CelebA
+    from laser.data import CelebA, sample_images
+    from laser.metrics import psnr
     from laser.models import load_pretrained
     from laser.training import stored_config
     folder, checkpoint = Path(folder), find_checkpoint(run, "best")
@@ -329,7 +330,10 @@ def ship_model(
     means = table.assign(psnr=-10*np.log10(table["mse"])).groupby("point")[["bpp", "psnr", "ssim", "mse"]].mean()
     results = [dict(setting, bits_per_pixel=round(m.bpp, 4), psnr=round(m.psnr, 3), psnr_of_mean_mse=round(-10*math.log10(m.mse), 3),
                     ssim=round(m.ssim, 4)) for setting, m in zip(settings, means.itertuples())]
-    about = dict(results=results, test_images=int(table["image"].nunique()),
+    free = load_pretrained(folder)
+    codes = free.encode(pictures := sample_images(size))
+    sample = dict(psnr=float(psnr(free.decode(codes), pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
+    about = dict(results=results, sample=sample, test_images=int(table["image"].nunique()),
                  data=CelebA(split="train", size=size).label, run=dict(seed=config.seed, bottleneck=model.bottleneck.name))
     (folder/"results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder/"LICENSE").write_text(TERMS, encoding="utf-8")
