@@ -181,14 +181,14 @@ RECIPES = {  # name -> overrides of `laser_train`
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2
-RATE_WEIGHTS = (0.006, 0.015, 0.03, 0.08, 0.2)
+RATE_WEIGHTS = (0.006, 0.015, 0.03, 0.08, 0.2, 0.5)
 CURVES = {  # name -> its recipe and the settings of its points
     "vq": ("vq", [dict(rate_weight=w) for w in (0.0, 0.03, 0.1)]),
     "rvq": ("rvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
     "rvq, fixed depth": ("rvq", [dict(rate_weight=0.0, depth=d) for d in (1, 2, 3, 4)]),
-    "rvq, beam 4": ("rvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS]),
+    "rvq, beam 4": ("rvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[2:]]),
     "gsvq": ("gsvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
-    "gsvq, beam 4": ("gsvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS]),
+    "gsvq, beam 4": ("gsvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[2:]]),
     "dl": ("dl", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
 }
 CONTEXT = {f"{recipe} context": (recipe, (0.015, 0.08)) for recipe in ("rvq", "gsvq", "dl")}   # name -> its recipe and rate weights
