@@ -181,14 +181,14 @@ RECIPES = {  # name -> overrides of `laser_train`
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2
-RATE_WEIGHTS = (0.006, 0.015, 0.03, 0.08, 0.2)
+RATE_WEIGHTS = (0.006, 0.015, 0.03, 0.08, 0.2, 0.5)
 CURVES = {  # name -> its recipe and the settings of its points
     "vq": ("vq", [dict(rate_weight=w) for w in (0.0, 0.03, 0.1)]),
     "rvq": ("rvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
     "rvq, fixed depth": ("rvq", [dict(rate_weight=0.0, depth=d) for d in (1, 2, 3, 4)]),
-    "rvq, beam 4": ("rvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS]),
+    "rvq, beam 4": ("rvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[2:]]),
     "gsvq": ("gsvq", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
-    "gsvq, beam 4": ("gsvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS]),
+    "gsvq, beam 4": ("gsvq", [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[2:]]),
     "dl": ("dl", [dict(rate_weight=w) for w in RATE_WEIGHTS]),
 }
 CONTEXT = {f"{recipe} context": (recipe, (0.015, 0.08)) for recipe in ("rvq", "gsvq", "dl")}   # name -> its recipe and rate weights
@@ -301,7 +301,7 @@ def round_networks(
 def ship_model(
     run: str | Path,  # folder of a training run
     folder: str | Path,  # of the shipped model; its name is the model's
-    rate_weights: Iterable[float],  # rate points that it gets tables for
+    rate_weights: list[float],  # rate points that it gets tables for; the one in the middle is its own
     train: int = 1000,  # training faces that tables are fitted on
     test: int | None = None,  # test faces; None: all
     batch: int = 25,  # images coded at a time
@@ -315,7 +315,8 @@ def ship_model(
     from laser.models import load_pretrained
     from laser.training import stored_config
     folder, checkpoint = Path(folder), find_checkpoint(run, "best")
-    model, config = round_networks(load_pretrained(checkpoint)), stored_config(checkpoint)
+    own = dict(rate_weight=rate_weights[len(rate_weights)//2])
+    model, config = round_networks(Autoencoder.from_pretrained(checkpoint, **own)), stored_config(checkpoint)
     size = config.data.image_size
     def batches(split, limit):
         images = CelebA(split=split, size=size, limit=limit)
@@ -331,8 +332,8 @@ def ship_model(
     results = [dict(setting, bits_per_pixel=round(m.bpp, 4), psnr=round(m.psnr, 3), psnr_of_mean_mse=round(-10*math.log10(m.mse), 3),
                     ssim=round(m.ssim, 4)) for setting, m in zip(settings, means.itertuples())]
     free = load_pretrained(folder)
-    codes = free.encode(pictures := sample_images(size))
-    sample = dict(psnr=float(psnr(free.decode(codes), pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
+    with torch.no_grad(): again = free(pictures := sample_images(size)).reconstruction
+    sample = dict(psnr=float(psnr(again, pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
     about = dict(results=results, sample=sample, test_images=int(table["image"].nunique()),
                  data=CelebA(split="train", size=size).label, run=dict(seed=config.seed, bottleneck=model.bottleneck.name))
     (folder/"results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
