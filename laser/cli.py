@@ -672,7 +672,8 @@ def without_model(files: str):  # key of the pictures; a function that changes t
     "Let the place of the model be left out."
     def prepare(line, groups):
         place = line.typed.get("checkpoint")
-        if not place or not (os.path.isfile(place) or files not in line.typed and os.path.exists(place)): return
+        model = place and any(os.path.exists(os.path.join(place, name)) for name in ("config.json", "checkpoints", "job.json"))
+        if not place or model or not (os.path.isfile(place) or files not in line.typed and os.path.exists(place)): return
         line.typed[files] = [line.typed.pop("checkpoint"), *line.typed.get(files, [])]
     return prepare
 

@@ -911,8 +911,8 @@ def evaluation_rows(
 ) -> list[dict]:  # one row, or two
     "Evaluate a model for a table."
     own = getattr(model.bottleneck, "coefficient_bits", 0)          # 0: it has no coefficients that could be rounded
-    variants = [("continuous coefficients" if continuous(model) else f"{own} bits" if own else "none", None)]
-    if own is None and bits: variants.append((f"{bits} bits", bits))
+    kind = "continuous coefficients" if continuous(model) else "levels" if own is None else f"{own} bits" if own else "none"
+    variants = [(kind, None)] + [(f"{bits} bits", bits)]*bool(own is None and continuous(model) and bits)
     return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid)) for text, b in variants]
 
 # %% ../nbs/10_training.ipynb #0141

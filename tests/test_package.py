@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+NOTEBOOKS = [ROOT / "nbs/tour.ipynb", ROOT / "nbs/coming_from.ipynb", *sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
 HEAVY = ("lightning", "hydra", "lpips", "torchmetrics", "skimage", "wandb", "tensorboard", "sklearn", "fastcore", "nbdev")
 
 
@@ -49,7 +49,9 @@ def test_notebook_imports_only_from_lower_numbers(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_shape(path):
     """A title, one line that says what the notebook gives, and outputs small enough to keep in version control."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = notebook["cells"]
+    assert "widgets" not in notebook["metadata"], "execute with nbconvert --ExecutePreprocessor.store_widget_state=False"
     title = [line for line in "".join(cells[0]["source"]).splitlines() if line]
     assert len(title) == 2 and title[0].startswith("# ") and title[1].startswith("> ")
     stored = sum(len(json.dumps(c.get("outputs", []))) for c in cells)
