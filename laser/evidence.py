@@ -301,7 +301,7 @@ def round_networks(
 def ship_model(
     run: str | Path,  # folder of a training run
     folder: str | Path,  # of the shipped model; its name is the model's
-    rate_weights: Iterable[float],  # rate points that it gets tables for
+    rate_weights: list[float],  # rate points that it gets tables for; the one in the middle is its own
     train: int = 1000,  # training faces that tables are fitted on
     test: int | None = None,  # test faces; None: all
     batch: int = 25,  # images coded at a time
@@ -315,7 +315,8 @@ def ship_model(
     from laser.models import load_pretrained
     from laser.training import stored_config
     folder, checkpoint = Path(folder), find_checkpoint(run, "best")
-    model, config = round_networks(load_pretrained(checkpoint)), stored_config(checkpoint)
+    own = dict(rate_weight=rate_weights[len(rate_weights)//2])
+    model, config = round_networks(Autoencoder.from_pretrained(checkpoint, **own)), stored_config(checkpoint)
     size = config.data.image_size
     def batches(split, limit):
         images = CelebA(split=split, size=size, limit=limit)
@@ -331,8 +332,8 @@ def ship_model(
     results = [dict(setting, bits_per_pixel=round(m.bpp, 4), psnr=round(m.psnr, 3), psnr_of_mean_mse=round(-10*math.log10(m.mse), 3),
                     ssim=round(m.ssim, 4)) for setting, m in zip(settings, means.itertuples())]
     free = load_pretrained(folder)
-    codes = free.encode(pictures := sample_images(size))
-    sample = dict(psnr=float(psnr(free.decode(codes), pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
+    with torch.no_grad(): again = free(pictures := sample_images(size)).reconstruction
+    sample = dict(psnr=float(psnr(again, pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
     about = dict(results=results, sample=sample, test_images=int(table["image"].nunique()),
                  data=CelebA(split="train", size=size).label, run=dict(seed=config.seed, bottleneck=model.bottleneck.name))
     (folder/"results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
