@@ -87,6 +87,7 @@ STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=1
 def set_figure_format(
     photographs: bool = True,  # JPEG when true, optimised PNG (for line plots) when false
     dpi: int = 100,            # pixels an inch: figures are 9 inches wide, so about 900 pixels
+    quality: int = 85,         # of JPEG
 ) -> None:
     "Choose how Jupyter stores figures. Does nothing to figures saved with `savefig`, and nothing outside Jupyter."
     try:
@@ -95,7 +96,7 @@ def set_figure_format(
     except ImportError:
         return
     if get_ipython() is None: return
-    if photographs: set_matplotlib_formats("jpeg", dpi=dpi, pil_kwargs=dict(quality=85, optimize=True))
+    if photographs: set_matplotlib_formats("jpeg", dpi=dpi, pil_kwargs=dict(quality=quality, optimize=True))
     else: set_matplotlib_formats("png", dpi=dpi, pil_kwargs=dict(optimize=True))
 
 # %% ../nbs/13_plots.ipynb #51299d0f
