@@ -194,10 +194,10 @@ def residual_search(
     whole: bool = False,  # use exactly `depth` stages
 ) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 where there is none
     "The code of each signal by squared error and prices: a beam over the stages. Source: Barnes, Rizvi and Nasrabadi 1996."
-    N, A, (T, K) = len(signals), len(entries), entry_price.shape
+    N, A, (T, K) = signals.shape[0], len(entries), entry_price.shape
     depth, squares = T if depth is None else depth, entries.square().sum(1)
     indices, levels = signals.new_full((N, T), -1, dtype=torch.int64), signals.new_zeros(N, T, dtype=torch.int64)
-    best = signals.new_full((N,), math.inf if whole else float(go_price[A, 1]))
+    best = signals.new_full((N,), math.inf) if whole else go_price[A, 1].to(signals.dtype).repeat(N)
     rows, q = indices.new_zeros(N, 1, 0), indices.new_zeros(N, 1, 0)                     # [N, B, t]
     cost, residual, last = signals.new_zeros(N, 1), signals[:, None], rows.new_full((N, 1), A)
     for t in range(depth):
@@ -410,7 +410,7 @@ class ResidualVQ(_Chain, Bottleneck):
 
     def _nearest(self, signals, depth):
         "The search where bits cost nothing and the beam is one: a lookup a stage."
-        indices = signals.new_full((len(signals), self.num_quantizers), -1, dtype=torch.int64)
+        indices = signals.new_full((signals.shape[0], self.num_quantizers), -1, dtype=torch.int64)
         for t, first in enumerate(self._first[:depth]):
             codebook = self.entries[first:first + self.num_embeddings]
             indices[:, t] = nearest_entry(signals, codebook)
@@ -449,7 +449,7 @@ class ResidualVQ(_Chain, Bottleneck):
 
     def _sum(self, rows, gains):
         entries = F.pad(self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
-        total = entries.new_zeros(len(rows), entries.shape[1])
+        total = entries.new_zeros(rows.shape[0], entries.shape[1])
         for row, gain in zip(rows.unbind(1), gains.unbind(1)): total = total + gain[:, None] * F.embedding(row, entries)
         return total
 

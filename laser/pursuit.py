@@ -104,16 +104,17 @@ def pursuit(
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # weight of the bonus for atoms used less than average in this batch
     eligible: float | None = None,  # squared norm under which an atom counts as dependent; by precision if None
+    check_values: bool = True,  # look at the numbers first: not where they have been looked at, or are not there yet
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
     """Greedy sparse codes of a batch, in the order of selection: the readable reference.
 
     Raises `ValueError` or `TypeError` for a problem that cannot be solved (see `check_problem`).
     Sources: Mallat and Zhang 1993 (MP), Pati et al. 1993 (OMP), Chen et al. 1989 (ORMP).
     """
-    check_problem(signals, dictionary, sparsity, method, tol, diversity)
+    check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values)
     if signals.dtype in (torch.float16, torch.bfloat16):
         indices, values = pursuit(signals.float(), dictionary.float(), sparsity, method=method, tol=tol,
-                                  diversity=diversity, eligible=eligible)
+                                  diversity=diversity, eligible=eligible, check_values=check_values)
         return indices, values.to(signals.dtype)
     B, M, K, dtype = *signals.shape, dictionary.shape[1], signals.dtype
     eligible = eligible_norm(dtype) if eligible is None else eligible
@@ -143,7 +144,7 @@ def pursuit(
         active = candidate[rows, k]                                          # a signal without candidates stops
         indices[:, s] = torch.where(active, k, -1)
         free[rows, k] = False
-        usage += torch.bincount(k[active], minlength=K)
+        if diversity: usage += torch.bincount(k[active], minlength=K)
 
         atom = dictionary.T[k]                                               # [B, M]
         if method == "mp":
