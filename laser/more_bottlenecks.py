@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import rate
-from .bottleneck import PATIENCE, Bottleneck, VectorQuantizer, _over_processes, _rows_at, _spread, first_rows, register
+from .bottleneck import PATIENCE, Bottleneck, VectorQuantizer, first_rows, register
+from .bottleneck import _over_processes, _rows_at, _spread
 from .sparse_coding import SparseCode, exact_products, nearest_entry, no_autocast, register_operator
 
 # %% ../nbs/04_more_bottlenecks.ipynb #0eb9202d
@@ -36,8 +37,8 @@ class NoBottleneck(Bottleneck):
     def bits_per_code(self) -> int: return 32 * self.embedding_dim
 
     def table_sizes(self) -> list[int]:
-        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or written "
-                         "to a file: choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
+        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or "
+                         "written to a file: choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
 
 # %% ../nbs/04_more_bottlenecks.ipynb #28d694c6
 def rotated(
@@ -128,14 +129,15 @@ class ProductVQ(Bottleneck):
         revive_below: float = 0.1,  # an entry used less than this part of an equal share is revived; 0: never
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size, init=init,
-                         num_entries=num_groups * num_embeddings, usage_decay=decay, revive_below=revive_below, seed=seed)
+        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
+                         init=init, num_entries=num_groups * num_embeddings, usage_decay=decay,
+                         revive_below=revive_below, seed=seed)
         if self.signal_dim % num_groups:
             raise ValueError(f"num_groups must divide the {self.signal_dim} numbers of a signal, got {num_groups}")
         self.num_groups, self.decay, self.rate_weight, self.code_shape = num_groups, decay, rate_weight, (num_groups,)
         self.groups = nn.ModuleList(
-            VectorQuantizer(num_embeddings, self.signal_dim // num_groups, decay=decay, init=init, revive_below=revive_below,
-                            seed=seed * num_groups + g) for g in range(num_groups))
+            VectorQuantizer(num_embeddings, self.signal_dim // num_groups, decay=decay, init=init,
+                            revive_below=revive_below, seed=seed * num_groups + g) for g in range(num_groups))
 
     def _by_group(self, signals): return zip(self.groups, signals.chunk(self.num_groups, 1), strict=True)
 
@@ -168,7 +170,7 @@ class ProductVQ(Bottleneck):
 def best_levels(
     c: Tensor,  # inner products of the residual with unit atoms, any shape
     atoms: Tensor,  # int64, broadcasts to c: the atom of each product, a row of the prices
-    level_price: Tensor,  # [A, 2 * most + 1], price of each level of each atom; the middle one, level zero, is not asked
+    level_price: Tensor,  # [A, 2 * most + 1], price of the levels of each atom; the middle, level zero, is not asked
     step: float,  # width of a level
 ) -> tuple[Tensor, Tensor]:  # levels int64, never zero, and what they add to the cost, as c
     "The better of the nearest level and the next towards zero, by squared error and price."
@@ -187,13 +189,13 @@ def residual_search(
     gained: list[bool],  # [T] has the stage a coded gain? Then its entries have unit norm
     entry_price: Tensor,  # [T, K] price of each entry, in squared error
     level_price: Tensor,  # [A, 2 * most + 1] price of each level of each entry's gain
-    go_price: Tensor,  # [A + 1, 2] price of going on (0) and of stopping (1) after an entry, or before the first (last row)
+    go_price: Tensor,  # [A + 1, 2] price of going on (0) and stopping (1) after an entry; last row: before the first
     step: float,  # width of a level
     beam: int = 1,  # hypotheses kept, B
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
 ) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 where there is none
-    "The code of each signal by squared error and prices: a beam over the stages. Source: Barnes, Rizvi and Nasrabadi 1996."
+    "Codes by squared error and prices: a beam over the stages. Source: Barnes, Rizvi and Nasrabadi 1996."
     N, A, (T, K) = signals.shape[0], len(entries), entry_price.shape
     depth, squares = T if depth is None else depth, entries.square().sum(1)
     indices, levels = signals.new_full((N, T), -1, dtype=torch.int64), signals.new_zeros(N, T, dtype=torch.int64)
@@ -242,7 +244,7 @@ def _residual_search(signals: Tensor, entries: Tensor, gram: Tensor, first: list
         return search_numba(signals, entries, gram, *options)
     rows = max(256, 2**24 // (beam * entry_price.shape[1]))
     with no_autocast(signals.device.type), exact_products():
-        parts = [residual_search(part, entries, *options) for part in signals.split(rows)]     # an empty batch is one part
+        parts = [residual_search(part, entries, *options) for part in signals.split(rows)]  # an empty batch is one part
     return tuple(torch.cat(part) for part in zip(*parts))
 
 def _fake_search(signals, entries, gram, first, *options):
@@ -310,12 +312,14 @@ class _Chain:
         super().fit_tables(self._helped(counts))
 
     def prices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2], in squared error: by the fitted tables;
-        by the running ones in training and before."""
+        """Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2], in squared error: by the
+        fitted tables; by the running ones in training and before."""
         K, A, T, most = self.num_embeddings, self.num_entries, self.num_quantizers, self.max_level
         if not self.price_of_bits: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
         elif len(self.rate_points) and not self.training: bits = self.symbol_bits()
-        else: bits = rate.table_bits(rate.smooth_counts(self._helped(self.symbol_counts / (1 - self.decay))), self._sizes())
+        else:
+            counts = self._helped(self.symbol_counts / (1 - self.decay))
+            bits = rate.table_bits(rate.smooth_counts(counts), self._sizes())
         sizes = [2, K * T, 2 * A, 2 * most * (A - self._first_atom)]
         start, entry, flags, levels = (self.price_of_bits * bits).to(self.entries.dtype).split(sizes)
         level = F.pad(levels.view(A - self._first_atom, 2 * most), (0, 1, self._first_atom, 0))
@@ -325,10 +329,10 @@ class _Chain:
 # %% ../nbs/04_more_bottlenecks.ipynb #80b5988c
 @register("rvq")
 class ResidualVQ(_Chain, Bottleneck):
-    """A sum of entries, one of each stage's codebook, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
+    """A sum of entries, one for each stage, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
 
-    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model, and
-    `rate_weight` changed (then `fit_tables` again): both trade bits for error.
+    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model,
+    and `rate_weight` changed (then `fit_tables` again): both trade bits for error.
     """
     max_level = 0              # of gains, of which there are none
 
@@ -346,29 +350,31 @@ class ResidualVQ(_Chain, Bottleneck):
         rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); 0: all stages, whatever they cost
         stage_dropout: float = 0.0,  # part of the training batches that are coded with fewer stages, drawn anew
         init: str = "kmeans",  # first entries: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float | None = None,  # an entry below this part of an equal share is revived; None: 0.1, 0.01 where bits count
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing, dropped stages and the revivals
     ):
         T, D = num_quantizers, min(num_codebooks or num_quantizers, num_quantizers)
         if min(T, D, beam) < 1:
-            raise ValueError(f"num_quantizers, num_codebooks and beam must be at least 1, got {T}, {num_codebooks}, {beam}")
+            raise ValueError(f"num_quantizers, num_codebooks and beam must be at least 1, "
+                             f"got {T}, {num_codebooks}, {beam}")
         if not (0 <= stage_dropout <= 1 and rate_weight >= 0 and 0 < decay < 1):
             raise ValueError("expected stage_dropout from 0 to 1, rate_weight of at least 0 and decay between 0 and 1, "
                              f"got {stage_dropout}, {rate_weight} and {decay}")
         if revive_below is None: revive_below = 0.01 if rate_weight else 0.1
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size, init=init,
-                         num_entries=D * num_embeddings, usage_decay=decay, revive_below=revive_below, seed=seed)
+        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
+                         init=init, num_entries=D * num_embeddings, usage_decay=decay,
+                         revive_below=revive_below, seed=seed)
         self.num_quantizers, self.num_codebooks, self.depth, self.beam, self.code_shape = T, D, T, beam, (T,)
         self.decay, self.rate_weight, self.stage_dropout = decay, rate_weight, stage_dropout
-        self._first = [min(t, D - 1) * num_embeddings for t in range(T)]         # row where each stage's codebook begins
+        self._first = [min(t, D - 1) * num_embeddings for t in range(T)]  # row where each stage's codebook begins
         self._gained = [first >= self._first_atom for first in self._first]
         start = torch.randn(self.num_entries, self.signal_dim, generator=self._generator())
         self.register_buffer("entries", self._shaped(start))
         self.register_buffer("ema_sums", self.entries.clone())
         self.register_buffer("ema_mass", torch.ones(self.num_entries))
         self.register_buffer("symbol_counts", torch.zeros(sum(self._sizes())))
-        self.register_buffer("expected", torch.zeros(self.num_entries))          # uses that an equal share had since its last
-        self._kept = None                                                        # prices and Gram matrix, and what they were made of
+        self.register_buffer("expected", torch.zeros(self.num_entries))  # uses that an equal share had since its last
+        self._kept = None  # prices and Gram matrix, and what they were made of
 
     @property
     def _first_atom(self): return self.num_entries                               # no entry has a gain
@@ -385,7 +391,7 @@ class ResidualVQ(_Chain, Bottleneck):
         "Indices and levels of signals [N, M]."
         signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
         if beam == 1 and not self.price_of_bits and not any(self._gained): return self._nearest(signals, depth)
-        if not (self.training or torch.compiler.is_compiling()):                 # a compiled model keeps what its last plain call made
+        if not (self.training or torch.compiler.is_compiling()):  # a compiled model keeps what its last plain call made
             buffers = self.entries, self.symbol_counts, self.table_counts
             made_of = self.rate_weight, self.gain_step, *((b.data_ptr(), b._version) for b in buffers)
             if self._kept is None or self._kept[0] != made_of: self._kept = made_of, *self._prepare()
@@ -399,8 +405,8 @@ class ResidualVQ(_Chain, Bottleneck):
 
     @property
     def price_of_bits(self) -> float:
-        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new encoder are
-        small, and where no bit pays nothing is coded, and nothing is learned."""
+        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new
+        encoder are small, and where no bit pays nothing is coded, and nothing is learned."""
         return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2) if self.training else 1.0)
 
     def _prepare(self):
@@ -443,7 +449,8 @@ class ResidualVQ(_Chain, Bottleneck):
         indices = self._parts(codes)[0]
         visible = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
         if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
-            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, got {int(indices.min())}..{int(indices.max())}; "
+            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
+                             f"got {int(indices.min())}..{int(indices.max())}; "
                              "decode with the bottleneck that made them")
         return self._sum(*self._chosen(codes))
 
@@ -475,7 +482,7 @@ class ResidualVQ(_Chain, Bottleneck):
         "Move the averages and the entries by one batch, then revive the dead."
         rows, gains = self._chosen(codes)
         residual, A = signals.to(self.entries.dtype) - decoded.to(self.entries.dtype), self.num_entries
-        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)                  # the last column: the sum of squared gains
+        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)  # the last column: the sum of squared gains
         for row, gain in zip(rows.unbind(1), gains.unbind(1)):
             sums.index_add_(0, row, torch.cat([gain[:, None] * residual, gain[:, None] ** 2], 1))
         sums, mass = _over_processes(sums)[:A].split([residual.shape[1], 1], 1)
@@ -515,7 +522,7 @@ class ResidualVQ(_Chain, Bottleneck):
         signals: Tensor,  # [N, M], all of them at once
         iterations: int = 8,  # of coding, solving and counting
     ) -> None:
-        "Entries and tables for given signals, without averages: for patches of images, or latents of a trained network."
+        "Entries and tables for given signals, without averages: for patches of images, or trained latents."
         self.train()
         if not self._state()[0]: self.initialize(signals)
         self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))    # bits have their full price
@@ -530,7 +537,7 @@ class ResidualVQ(_Chain, Bottleneck):
         (rows, gains), A = self._chosen(codes), self.num_entries
         normal, right = signals.new_zeros(A * A), signals.new_zeros(A, signals.shape[1])
         for t in range(self.num_quantizers):
-            used = rows[:, t] < A                                                # then the stages before are used as well
+            used = rows[:, t] < A  # then the stages before are used as well
             row, gain = rows[used], gains[used]
             right.index_add_(0, row[:, t], gain[:, t, None] * signals[used])
             for s in range(t + 1):
@@ -551,8 +558,8 @@ class ResidualVQ(_Chain, Bottleneck):
 class GainShapeVQ(ResidualVQ):
     """A sum of unit atoms with coded gains, a dictionary for each step. Sources: Gersho and Gray 1992, chapter 12.
 
-    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels times
-    `gain_step`.
+    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels
+    times `gain_step`.
     """
     def __init__(
         self,
@@ -567,9 +574,9 @@ class GainShapeVQ(ResidualVQ):
         gains_from: int = 1,  # first step with a gain; 2: plain VQ first
         max_level: int = 32,  # gains are -max_level to max_level steps, and not zero
         beam: int = 1,  # sums kept at each step of the search
-        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); sets the step of the gains; 0: bits cost nothing
+        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda), sets the gain step; 0: bits are free
         init: str = "kmeans",  # first atoms: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float | None = None,  # an atom below this part of an equal share is revived; None: 0.1, 0.01 where bits count
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if gains_from not in (1, 2): raise ValueError(f"gains_from must be 1 or 2, got {gains_from}")
@@ -578,7 +585,8 @@ class GainShapeVQ(ResidualVQ):
                              f"got {num_codebooks} and {max_level}")
         self.gains_from, self.max_level = gains_from, max_level
         super().__init__(num_embeddings, embedding_dim, num_quantizers, commitment_cost, decay, patch_size,
-                         num_codebooks=num_codebooks, beam=beam, rate_weight=rate_weight, init=init, revive_below=revive_below, seed=seed)
+                         num_codebooks=num_codebooks, beam=beam, rate_weight=rate_weight, init=init,
+                         revive_below=revive_below, seed=seed)
         self.code_shape = ()                                                     # a SparseCode keeps its own
         self.register_buffer("signal_energy", torch.ones(()))                    # running mean of squared norms
 
@@ -588,11 +596,11 @@ class GainShapeVQ(ResidualVQ):
     def _whole(self): return False
     @property
     def gain_step(self) -> float:
-        "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm where that is 0."
+        "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm if that is 0."
         return rate.STEP_RATIO * math.sqrt(self.price_of_bits) or float(self.signal_energy.sqrt() / 8)
 
     def bits_per_code(self) -> int:
-        "Nominal: ceil(log2 K) for each atom, a bit for the flag behind it, and ceil(log2 (2 * max_level)) for its gain."
+        "Nominal: ceil(log2 K) for each atom, a bit for the flag after it, ceil(log2 (2 * max_level)) for its gain."
         flags = self.num_quantizers * (not self.rate_weight)                     # where bits count they are in already
         return super().bits_per_code() + flags + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
 
