@@ -468,15 +468,25 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
                 values[start + l, n] = along[n * _L + l] if used else 0
 
 # %% ../nbs/30_kernels_cpu.ipynb #7b6e86dd
-_pool = ThreadPoolExecutor(os.cpu_count())
+_pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+
+def _spread(work, rows, least):
+    "Call work(lo, hi) for parts of the rows: one for each of torch's threads, but at least so many rows for each."
+    threads = torch.get_num_threads()
+    parts = 1 if forked.is_set() else max(1, min(threads, os.cpu_count(), rows // least))
+    if parts == 1: return work(0, rows)
+    edges = [rows * i // parts for i in range(parts + 1)]
+    others = [_pool.submit(work, *edges[i:i + 2]) for i in range(1, parts)]
+    torch.set_num_threads(1)
+    try:
+        work(*edges[:2])
+        for other in others: other.result()
+    finally: torch.set_num_threads(threads)
 
 def _run(kernel, rows, *args, least=64):
-    "Spread the rows of a kernel over torch's number of threads, at least so many for each."
-    parts = 1 if forked.is_set() else max(1, min(torch.get_num_threads(), os.cpu_count(), rows // least))
-    edges = [rows * i // parts for i in range(parts + 1)]
-    others = [_pool.submit(kernel, *args, *edges[i:i + 2]) for i in range(1, parts)]
-    kernel(*args, *edges[:2])
-    for other in others: other.result()
+    "Spread a kernel over the threads, with at least so many rows for each."
+    _spread(lambda lo, hi: kernel(*args, lo, hi), rows, least)
+
 
 # %% ../nbs/30_kernels_cpu.ipynb #e15d8d0e
 def _product(a, b, out=None):
@@ -499,20 +509,23 @@ class _NumpyProducts(TorchFunctionMode):
 def chunk_rows(
     K: int,  # atoms
 ) -> int:  # signals
-    "How many rows of K correlations make a chunk on the CPU: 2 MB of them, or 1,024 rows where these are no more than 32 MB."
-    return max(1, 2**19 // K, min(1024, 2**23 // K))
+    "How many rows of K correlations make a chunk of one thread on the CPU: 2 MB of them, or 1,024 rows where these are no more than 8 MB."
+    return max(1, 2**19 // K, min(1024, 2**21 // K))
 
 # %% ../nbs/30_kernels_cpu.ipynb #ff3f32fb
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
     "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
-    B, K, arithmetic = len(signals), dictionary.shape[1], dictionary.dtype
+    K, arithmetic, kernel = dictionary.shape[1], dictionary.dtype, (_omp_rows, _ormp_rows, _mp_rows)[rule]
     gram, rows, limits = _product(dictionary.T, dictionary), chunk_rows(K), _limits(signals.dtype, arithmetic)
-    buffer = torch.empty(min(rows, B), K, dtype=arithmetic)
-    for i in range(0, B, rows):
-        x = signals[i:i + rows].to(arithmetic)
-        correlations = _product(x, dictionary, buffer[:len(x)])
-        out = [t[i:i + rows].numpy() for t in (indices, values, doubtful)]
-        _run((_omp_rows, _ormp_rows, _mp_rows)[rule], len(x), x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out)
+    def work(lo, hi):
+        buffer = torch.empty(min(rows, hi - lo), K, dtype=arithmetic)
+        for i in range(lo, hi, rows):
+            part = slice(i, min(i + rows, hi))
+            x = signals[part].to(arithmetic)
+            correlations = _product(x, dictionary, buffer[:len(x)])
+            out = [t[part].numpy() for t in (indices, values, doubtful)]
+            kernel(x.numpy(), correlations.numpy(), gram.numpy(), tol, limits, *out, 0, len(x))
+    _spread(work, len(signals), rows)
 
 # %% ../nbs/30_kernels_cpu.ipynb #a5fa4050
 def _with_lanes(signals, dictionary, rule, tol, indices, values, doubtful):
@@ -538,7 +551,8 @@ def _code(signals, dictionary, rule, tol, indices, values):
         return _plainly(signals, dictionary, rule, tol, 0.0, indices, values)
     (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol, indices, values, doubtful)
     if not doubtful.any(): return
-    for again in (doubtful & signals.isfinite().all(1)).nonzero()[:, 0].split(max(1, 2**22 // M)):
+    again = doubtful.nonzero()[:, 0]
+    for again in again[signals[again].isfinite().all(1)].split(max(1, 2**22 // M)):
         k, v = indices[again], values[again]
         if lanes or dictionary.dtype == torch.float64: _plainly(signals[again], dictionary, rule, tol, 0.0, k, v)
         else: _code(signals[again], dictionary.double(), rule, tol, k, v)
@@ -604,10 +618,13 @@ def nearest_numba(
 ) -> Tensor:  # [B] int64
     "Index of the codebook entry nearest to each row of z. No checks: see `laser.sparse_coding.nearest_entry`."
     B, K, mean = len(z), len(codebook), codebook.mean(0)
-    centred, rows, nearest = codebook - mean, min(B, chunk_rows(K)), torch.empty(B, dtype=torch.int64)
-    half, products, part = centred.square().sum(1) / 2, z.new_empty(rows, K), z.new_empty(rows, z.shape[1])
-    for i in range(0, B, max(1, rows)):
-        out = nearest[i:i + rows].numpy()
-        x = torch.sub(z[i:i + rows], mean, out=part[:len(out)])
-        _run(_nearest_rows, len(out), _product(x, centred.T, products[:len(out)]).numpy(), half.numpy(), out)
+    centred, rows, nearest = codebook - mean, chunk_rows(K), torch.empty(B, dtype=torch.int64)
+    half = centred.square().sum(1) / 2
+    def work(lo, hi):
+        products, part = z.new_empty(min(rows, hi - lo), K), z.new_empty(min(rows, hi - lo), z.shape[1])
+        for i in range(lo, hi, rows):
+            out = nearest[i:min(i + rows, hi)].numpy()
+            x = torch.sub(z[i:i + len(out)], mean, out=part[:len(out)])
+            _nearest_rows(_product(x, centred.T, products[:len(out)]).numpy(), half.numpy(), out, 0, len(out))
+    _spread(work, B, rows)
     return nearest
