@@ -421,14 +421,17 @@ def run_benchmark(
     cases, wanted = _chosen(cases, CASES, "case"), _chosen(peers, PEERS, "peer")
     missing = [n for n in wanted if importlib.util.find_spec(PEERS[n][0]) is None]
     for name in missing: print(f"{name} is not installed and left out; to include it: pip install {PEERS[name][1]}")
+    print(f"{len(cases)} case(s) of {rounds} rounds, on {torch.get_num_threads()} threads", flush=True)
     images, label = load_images(source, n=64 if source != "sample" else 4, seed=seed)
-    print(f"signals from: {label}; {torch.get_num_threads()} threads")
-    problems = [lambda name=name: case_problem(CASES[name], images, signals, seed) for name in cases]
+    print(f"signals from: {label}", flush=True)
+    problems = {name: lambda name=name: case_problem(CASES[name], images, signals, seed) for name in cases}
     if model is not None:
         latents = latent_problem(load_pretrained(find_checkpoint(model, "best")), images, seed)
-        problems.append(lambda: latents)
+        problems[latents.name] = lambda: latents
     peers = tuple(n for n in wanted if n not in missing)
-    results = pd.concat([measure(make(), rounds, peers) for make in tqdm(problems, desc="laser_benchmark", leave=False, disable=None)], ignore_index=True)
+    def each(what, names):                                   # said before it is done
+        for i, name in enumerate(names, 1): yield print(f"[{i}/{len(names)}] {what} {name}", flush=True) or name
+    results = pd.concat([measure(problems[name](), rounds, peers) for name in each("time of", problems)], ignore_index=True)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "benchmark.csv", index=False)
@@ -441,10 +444,10 @@ def run_benchmark(
     report("ratios", "ratio, median over rounds", ratio_table(results))
     report("spread", "half the distance between its quartiles", (ratio_table(results, 0.75) - ratio_table(results, 0.25)) / 2)
     if memory:
-        used = {case: {n: working_memory(CASES[case], n, signals) for n in ("VQ torch", "VQ", "OMP", "ORMP")} for case in cases}
+        used = {case: {n: working_memory(CASES[case], n, signals) for n in ("VQ torch", "VQ", "OMP", "ORMP")} for case in each("memory of", cases)}
         report("memory", "MB of working memory", pd.DataFrame(used).T)
     if grow:
         base = Case(64, 512, 5, signals or 16_384)
-        report("growth", "us a signal", pd.concat({axis: growth(base, images, axis, values, rounds, seed) for axis, values in GROWTH.items()}))
+        report("growth", "us a signal", pd.concat({axis: growth(base, images, axis, GROWTH[axis], rounds, seed) for axis in each("growth with", GROWTH)}))
     print(f"tables and picture: {out}")
     return results

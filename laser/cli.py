@@ -7,12 +7,12 @@ __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'g
            'nearest', 'renamed', 'Line', 'read_words', 'check_keys', 'path_keys', 'make_absolute', 'quoted',
            'overrides', 'default_of', 'key_lines', 'help_text', 'fail', 'check_writable', 'load_plugins', 'read_line',
            'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
-           'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'write_results', 'rate', 'display_name',
-           'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate', 'find_models', 'data_of',
-           'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown', 'brightest',
-           'sheet_figure', 'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress', 'Decompress', 'Encode',
-           'one_model', 'report', 'compress', 'decompress', 'encode', 'Compare', 'own_keys', 'compare', 'Benchmark',
-           'benchmark']
+           'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'left_out', 'write_results', 'rate',
+           'display_name', 'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate', 'find_models',
+           'data_of', 'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown',
+           'brightest', 'sheet_figure', 'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress',
+           'Decompress', 'Encode', 'one_model', 'convert', 'compress', 'decompress', 'encode', 'Compare', 'own_keys',
+           'compare', 'Benchmark', 'benchmark']
 
 # %% ../nbs/15_cli.ipynb #0003
 import difflib, json, math, os, re, sys, tempfile, warnings
@@ -464,6 +464,11 @@ def versions() -> dict:
     return dict(laser=laser.__version__, python=platform.python_version(), platform=platform.platform(),
                 **{name: version(name) for name in ("torch", "torchvision", "numpy", "numba", "lightning", "pillow")})
 
+def left_out(*sets) -> dict:
+    "Number and names of the pictures that could not be read and were skipped."
+    names = [str(path) for images in sets for path in getattr(images, "skipped", [])]
+    return dict(number=len(names), names=names)
+
 def write_results(folder: Path, rows: list[dict], **about) -> Path:
     "results.json and results.csv."
     import pandas as pd
@@ -565,7 +570,7 @@ def train(c: Train, typed: dict):
     print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
           f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
     table = write_results(folder, rows, configuration=[asdict(config) for config, _ in runs], data=test.label,
-                          partition="test", crop=size, checkpoints=places)
+                          partition="test", crop=size, checkpoints=places, skipped=left_out(*datasets, test))
     minutes = sum(r.seconds for r in results)/60
     print(f"\nTrained in {minutes:.1f} minutes. Table: {table}\nCheckpoints: {', '.join(places)}")
     comparison_figure(test, first.data.dataset, models).savefig(folder/"reconstructions.png", dpi=110)
@@ -631,7 +636,7 @@ def evaluate(c: Evaluate, typed: dict):
     device, folders = pick_accelerator(c.accelerator), find_models(c.checkpoints)
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], c.data, typed)
-    images = get_dataset(data.dataset, c.split, data.root, data.image_size, c.limit, c.seed)
+    images = get_dataset(data.dataset, c.split, data.root, data.image_size, c.limit, c.seed, data.on_error)
     workers = worker_count(images) if data.num_workers is None else data.num_workers
     loader = DataLoader(images, data.batch_size, num_workers=workers)
     lpips, fid = load_lpips() if c.lpips else None, load_fid(device) if c.fid else None
@@ -646,7 +651,7 @@ def evaluate(c: Evaluate, typed: dict):
         rows += new
     print(f"\n{format_table(rows)}")
     table = write_results(c.output_dir, rows, configuration=asdict(c), data=images.label, partition=c.split,
-                          crop=f"centre square, {size}", models=[str(folder) for folder in folders],
+                          crop=f"centre square, {size}", models=[str(folder) for folder in folders], skipped=left_out(images),
                           model_configurations=[read_config(folder) for folder in folders])
     print(f"\nWritten to {table} and results.json")
 
@@ -854,25 +859,28 @@ def one_model(c):
         raise ValueError(f"{c.checkpoint} holds several models; name one: {names}")
     return load_pretrained(folders[0]).to(device), folders[0]
 
-def report(written):
-    "One line a file, and what they take together."
+def convert(command, work, *options):
+    "One line a file, what they take together, and how many failed: the exit code."
+    failed = []
+    written = work(*options, progress=True, on_error=lambda error: failed.append(fail(command, error)))
     for w in written: print(f"{w.source} -> {w.target}: {w.height}x{w.width}, {w.bytes:,} bytes")
     pixels, size = sum(w.height*w.width for w in written), sum(w.bytes for w in written)
-    print(f"{len(written)} file(s), {size:,} bytes, {8*size/pixels:.4f} bits a pixel")
+    if written: print(f"{len(written)} file(s), {size:,} bytes, {8*size/pixels:.4f} bits a pixel")
+    if failed: return fail(command, f"{len(failed)} of {len(written) + len(failed)} files failed; they are named above")
 
 @command(Compress, ("checkpoint", "files"), without_model("files"))
 def compress(c: Compress, typed: dict):
     "What `laser_compress` does."
     from laser.codec import compress_files
     model, _ = one_model(c)
-    report(compress_files(model, c.files, c.to, c.rate_weight, c.overwrite, progress=True))
+    return convert("laser_compress", compress_files, model, c.files, c.to, c.rate_weight, c.overwrite)
 
 @command(Decompress, ("checkpoint", "files"), without_model("files"))
 def decompress(c: Decompress, typed: dict):
     "What `laser_decompress` does."
     from laser.codec import decompress_files
     model, _ = one_model(c)
-    report(decompress_files(model, c.files, c.to, c.overwrite, progress=True))
+    return convert("laser_decompress", decompress_files, model, c.files, c.to, c.overwrite)
 
 @command(Encode, ("checkpoint",))
 def encode(c: Encode, typed: dict):

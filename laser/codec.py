@@ -397,6 +397,19 @@ def _streams_in(folder):
     if not files: raise ValueError(f"the folder {folder} holds no {SUFFIX} files")
     return files
 
+# %% ../nbs/11_codec.ipynb #e4c1a7b2
+def _each(work, pairs, progress, on_error):
+    "What `work(source, target)` gives for every pair."
+    from tqdm import tqdm
+    done = []
+    for source, target in tqdm(pairs, disable=not progress, unit="image"):
+        try: done.append(work(source, target))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError): error = ValueError(f"{source}: {error}")
+            if on_error is None: raise error
+            on_error(error)
+    return done
+
 # %% ../nbs/11_codec.ipynb #0054
 def compress_files(
     model,                              # an Autoencoder with fitted tables
@@ -405,19 +418,19 @@ def compress_files(
     rate_weight: float | None = None,   # as in `compress`
     overwrite: bool = False,            # whether files that exist may be replaced
     progress: bool = False,             # show a bar
+    on_error=None,                      # called with the error of a file, which is then left out; None: raise it
 ) -> list[Written]:
     "Write a stream for every image, in its whole size. `OSError` names an image that cannot be read."
-    from tqdm import tqdm
     from laser.checkpoints import write_beside
     from laser.data import image_files, load_image
-    written = []
-    for source, target in tqdm(_plan(sources, image_files, output, SUFFIX, overwrite), disable=not progress, unit="image"):
+    def work(source, target):
         image = load_image(source).to(model.bottleneck.table_counts.device)
         [stream] = compress(model, image[None], rate_weight)
         target.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(target) as new: new.write_bytes(stream)          # whole, or not there
-        written.append(Written(source, target, len(stream), *image.shape[1:]))
-    return written
+        return Written(source, target, len(stream), *image.shape[1:])
+    compress(model, [], rate_weight)                                         # what the model lacks is said once
+    return _each(work, _plan(sources, image_files, output, SUFFIX, overwrite), progress, on_error)
 
 # %% ../nbs/11_codec.ipynb #0055
 def decompress_files(
@@ -426,21 +439,19 @@ def decompress_files(
     output: str | Path | None = None,   # folder to write into; None: beside each stream
     overwrite: bool = False,            # whether files that exist may be replaced
     progress: bool = False,             # show a bar
+    on_error=None,                      # called with the error of a file, which is then left out; None: raise it
 ) -> list[Written]:
     "Write a PNG for every stream. `ValueError` names a file that is damaged, foreign or another model's."
     from PIL import Image
-    from tqdm import tqdm
     from laser.checkpoints import write_beside
-    written = []
-    for source, target in tqdm(_plan(sources, _streams_in, output, ".png", overwrite), disable=not progress, unit="image"):
+    def work(source, target):
         stream = source.read_bytes()
-        try: [image] = decompress(model, [stream])
-        except ValueError as error: raise ValueError(f"{source}: {error}") from error
+        [image] = decompress(model, [stream])
         target.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
         with write_beside(target) as new: picture.save(new, format="png")
-        written.append(Written(source, target, len(stream), *image.shape[1:]))
-    return written
+        return Written(source, target, len(stream), *image.shape[1:])
+    return _each(work, _plan(sources, _streams_in, output, ".png", overwrite), progress, on_error)
 
 # %% ../nbs/11_codec.ipynb #0059
 def _arrays(codes):

@@ -389,19 +389,17 @@ def run_comparison(
 ) -> dict[str, pd.DataFrame]:          # "quality", "channels", "usage", "speed"
     "Run the pixel-level study: write its figures as PNG and its tables as CSV to `out`, and print the tables."
     import matplotlib.pyplot as plt
-    from tqdm import tqdm
     start, out = time.perf_counter(), Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"out={str(out)!r} is a file; name a folder")
-    say = (lambda *_: None) if quiet else print
+    say, steps = (lambda *_, **__: None) if quiet else print, iter(range(1, 6))
+    def step(name, work): return say(f"[{next(steps)}/5] {name}", flush=True) or work()      # said before it is done
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made,
-          tqdm(total=5, desc="laser_compare", delay=2, leave=False, disable=quiet or None) as bar):
-        def step(name, value): bar.set_postfix_str(name); bar.update(); return value
-        images, label = step("images", _load_study_images(source, num_images, size, seed, root))
-        study = step("coding", compare_pixels(images, num_embeddings, sparsity_level, seed, label))
-        tables = step("tables", study_tables(study)) | {"speed": step("speed", speed_table(study))}
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
+        images, label = step("images", lambda: _load_study_images(source, num_images, size, seed, root))
+        study = step("coding", lambda: compare_pixels(images, num_embeddings, sparsity_level, seed, label))
+        tables = step("tables", lambda: study_tables(study)) | {"speed": step("speed", lambda: speed_table(study))}
         for name, table in tables.items(): table.to_csv(Path(made) / f"{name}.csv")
-        for name, figure in step("figures", study_figures(study)).items():
+        for name, figure in step("figures", lambda: study_figures(study)).items():
             figure.savefig(Path(made) / f"{name}.png", dpi=120)
             plt.close(figure)
         out.mkdir(parents=True, exist_ok=True)

@@ -168,10 +168,8 @@ def say_once(
     logging.getLogger(__name__).warning(message)
 
 # %% ../nbs/07_data.ipynb #f5dad332
-def image_files(
-    root,                 # folder; its subfolders are searched too
-) -> list[Path]:          # sorted by path
-    "All image files under a folder and its links; what is left out is counted and said; `ValueError` if there is none"
+def _find_images(root):
+    "Their paths as strings: of 200,000 files, `Path` objects would take most of the time."
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"there is no folder {root}; set it to an existing folder of images")
     suffixes, files, left_out, seen, waiting = image_suffixes(), [], Counter(), set(), [str(root)]
@@ -191,7 +189,13 @@ def image_files(
         raise ValueError(f"the folder {root} holds no images" + (f", only {kinds}" if kinds else "") + "; looked for "
                          f"files ending in {', '.join(sorted(suffixes))}, in subfolders too")
     if kinds: say_once(f"{root}: left out {left_out.total():,} file(s) that are no images: {kinds}")
-    return [Path(path) for path in sorted(files, key=lambda path: path.replace(os.sep, "\0"))]     # folder by folder
+    return sorted(files, key=lambda path: path.replace(os.sep, "\0"))     # folder by folder
+
+def image_files(
+    root,                 # folder; its subfolders are searched too
+) -> list[Path]:          # sorted by path
+    "All image files under a folder and its links; what is left out is counted and said; `ValueError` if there is none"
+    return [Path(path) for path in _find_images(root)]
 
 # %% ../nbs/07_data.ipynb #58a6a1d2
 class FileImages(Images):
@@ -207,7 +211,7 @@ class FileImages(Images):
         whole: bool = True,          # whether `files` are all there are of that name, or a sample
     ):
         if on_error not in ("raise", "skip"): raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
-        self.files, self.size, self.skipped = choose(files, limit, seed), size, []
+        self.files, self.size, self.skipped = [Path(file) for file in choose(files, limit, seed)], size, []
         self.label = name + part_of(len(self.files), len(files), whole)
         if on_error == "skip": self.skip_damaged()
 
@@ -320,7 +324,8 @@ def partition_by_number(
     name: str,      # file name such as "000001.jpg"
 ) -> str:           # "train", "val" or "test"
     "The official partition that an image number belongs to"
-    number = int(Path(name).stem) if Path(name).stem.isdecimal() else 0
+    stem = os.path.splitext(name)[0]
+    number = int(stem) if stem.isdecimal() else 0
     for split, last in zip(CELEBA_COUNTS, np.cumsum(list(CELEBA_COUNTS.values()))):
         if 1 <= number <= last: return split
     raise ValueError(f"{name} is not a CelebA name (000001.jpg to 202599.jpg), so its partition is unknown; remove it "
@@ -342,9 +347,9 @@ class CelebA(FileImages):
                                     f"folder that holds {CELEBA_LAYOUT}")
         folder = root if root.name == "img_align_celeba" else root/"img_align_celeba"
         if not folder.is_dir(): raise FileNotFoundError(f"{root} is not a CelebA folder: it must hold {CELEBA_LAYOUT}")
-        files = image_files(folder)
-        partition = celeba_partition([path.name for path in files], folder.parent/"list_eval_partition.txt")
-        files = [path for path in files if partition[path.name] == split]
+        files = {path: os.path.basename(path) for path in _find_images(folder)}
+        partition = celeba_partition(list(files.values()), folder.parent/"list_eval_partition.txt")
+        files = [path for path, name in files.items() if partition[name] == split]
         if not files: raise ValueError(f"{folder} has no image of the {split} partition; it must hold {CELEBA_LAYOUT}")
         super().__init__(files, name=f"CelebA {split} partition", whole=len(files) == CELEBA_COUNTS[split], **options)
 

@@ -298,10 +298,43 @@ def test_pictures_to_small_files_and_back(tmp_path):
         result = run(command, *words, cwd=tmp_path)
         assert result.returncode == 1 and text in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not list(tmp_path.glob("x/*")) and (tmp_path/"small"/"b.laser").read_bytes() == before[:-3]
+    (tmp_path/"my pics"/"broken.png").write_bytes(b"no picture")
+    for command, words, bad, total in (("laser_compress", ["my pics", "to=again"], "broken.png", 3), ("laser_decompress", ["small", "to=again"], "b.laser", 2)):
+        result = run(command, "saved", *words, cwd=tmp_path)               # one bad file costs the others nothing
+        assert result.returncode == 1 and bad in result.stderr and f"1 of {total} files failed" in result.stderr, result.stderr
+        assert f"{total - 1} file(s)" in result.stdout
+    assert {p.name for p in (tmp_path/"again").iterdir()} == {"a=$.laser", "b.laser", "a=$.png"}
     for i in range(30): noise(tmp_path/"set"/f"{i}.png", (32, 32), seed=i)
     result = run("laser_encode", "saved", "data=folder", "data.root=set", "data.image_size=32", "split=all", "file=codes.safetensors", cwd=tmp_path)
     assert result.returncode == 0 and "30 images" in result.stdout, result.stderr
     assert (tmp_path/"codes.safetensors").is_file()
+
+
+def test_skipped_pictures_are_counted_and_named_in_the_results(tmp_path):
+    for part in ("train", "val", "test"):
+        for i in range(8): noise(tmp_path/"pics"/part/f"{i}.png", (32, 32), seed=i)
+        (tmp_path/"pics"/part/"bad.png").write_bytes(b"no picture")
+    words = ["model=vqvae", "model.num_hiddens=8", "model.num_embeddings=8", "data=folder", "data.root=pics", "data.image_size=16", "data.batch_size=4",
+             "data.num_workers=0", "data.on_error=skip", "train.max_steps=2", "train.accelerator=cpu", "output_dir=out"]
+    result = run("laser_train", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = run("laser_evaluate", "out", "output_dir=table", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for folder, parts in (("out", ["train", "val", "test"]), ("table", ["test"])):
+        skipped = json.loads((tmp_path/folder/"results.json").read_text())["skipped"]
+        assert skipped == dict(number=len(parts), names=[str(tmp_path/"pics"/part/"bad.png") for part in parts])
+
+
+@pytest.mark.parametrize("command, words, first", [
+    ("laser_benchmark", ["cases=3x16x4", "signals=64", "memory=false", "peers=none", "rounds=1"], "1 case(s) of 1 rounds"),
+    ("laser_compare", ["num_images=1"], "[1/5] images")])
+def test_the_studies_say_what_they_do_before_they_do_it(command, words, first, tmp_path):
+    code = f"import sys; sys.argv[0] = {command!r}; from laser.cli import {command[6:]}; {command[6:]}()"
+    with subprocess.Popen([sys.executable, "-c", code, *words, "data=sample", "output_dir=out"], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout.readline().startswith(first)
+        assert process.poll() is None and not list((tmp_path/"out").glob("*.csv"))      # into a pipe too, and at once
+        lines = process.stdout.readlines()
+    assert process.returncode == 0 and any(line.startswith("[1/1] time of 3x16x4" if command == "laser_benchmark" else "[5/5] figures") for line in lines)
 
 
 # --- mistakes, help, processes ---------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from laser.models import SHIPPED, list_pretrained, load_pretrained
 def test_shipped_model_reaches_what_its_card_says(name):
     folder, model = SHIPPED/name, load_pretrained(name)
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    assert {"README.md", "LICENSE", "results.json", "model.safetensors"} <= files.keys() and files["model.safetensors"] <= 2_000_000
+    most = 3_500_000 if name.startswith("gsvq") else 2_000_000       # bytes; its tables, one for the gain of each atom, take half of it
+    assert {"README.md", "LICENSE", "results.json", "model.safetensors"} <= files.keys() and files["model.safetensors"] <= most
     images, expected = sample_images(128), json.loads((folder/"results.json").read_text())["sample"]
     codes = model.encode(images)
     assert abs(float(psnr(model.decode(codes), images).mean()) - expected["psnr"]) < 0.05
