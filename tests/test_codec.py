@@ -19,7 +19,8 @@ from laser.sparse_coding import SparseCode
 try: import laser.more_bottlenecks  # noqa: F401  registers them
 except ImportError: pass
 
-NETWORK = dict(num_hiddens=16, num_residual_hiddens=8, num_residual_blocks=1, downsampling_factor=4)
+# without the linear path: what these tests expect of few codes of untrained networks was set for such
+NETWORK = dict(num_hiddens=16, num_residual_hiddens=8, num_residual_blocks=1, downsampling_factor=4, linear_path=False)
 
 
 @register("test_codec")
@@ -198,8 +199,7 @@ assert seconds < 6 and memory < 100
 @pytest.mark.parametrize("contrast", ["1", "0"])      # "0": every code is the same, so that nearly nothing is written
 def test_huge_sizes_cost_nothing(contrast):
     done = subprocess.run([sys.executable, "-c", HUGE, contrast], capture_output=True, text=True)
-    said = done.stdout.replace("(33, 32) IMAGE", "") if contrast == "0" else done.stdout    # eight more of these codes take no byte
-    assert done.returncode == 0 and "IMAGE" not in said, done.stdout + done.stderr
+    assert done.returncode == 0 and "IMAGE" not in done.stdout, done.stdout + done.stderr
 
 
 def stored_streams():
@@ -320,7 +320,7 @@ def test_one_dial_for_the_rate(model):
         assert "one rate" in refusal(model.compress, x, 0.1)
         return
     model = copy.deepcopy(model)
-    weights = [energy(model) * share for share in (1e-4, 1e-3, 2e-1)]
+    weights = [energy(model) * share for share in (1e-4, 1e-3, 1e-2)]
     if getattr(model.bottleneck, "coefficient_bits", None): assert "fit_tables" in refusal(model.compress, x, weights[0])
     other = 1.1 * weights[1]
     model.fit_tables(images(60, seed=9), rate_weights=weights)
