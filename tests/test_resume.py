@@ -98,7 +98,8 @@ from laser.checkpoints import check_digests, read_index
 torch.set_num_threads(1)
 rng, place, kills, within, failures, worst = random.Random(model), Path(folder), 0, 0, [], 0.0
 
-def life(run, seconds, in_checkpoint=False):  # of one process, killed after so many seconds, or while it writes a checkpoint; whether it came to its end
+def life(run, seconds, in_checkpoint=False):
+    # of one process, killed after so many seconds, or while it writes a checkpoint; whether it came to its end
     global kills, within
     pid, start, ended = os.fork(), time.monotonic(), 0
     if not pid:
@@ -145,7 +146,8 @@ def test_killed_at_any_moment(model, pictures, record, tmp_path):
 def test_a_folder_deleted_under_way(pictures, tmp_path):
     """An error that says so; the same command then starts anew, or goes on, to the same end."""
     slow = RUN.replace("max_epochs=2", "max_epochs=500")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "resume"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "resume"],
+                               stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path/"run"/"metrics.csv").exists() and time.time() < deadline and process.poll() is None: time.sleep(0.05)
     (tmp_path/"run").rename(tmp_path/"moved")                              # at once, as a deletion is not
@@ -178,7 +180,8 @@ def test_many_epochs_without_growth(model, pictures, record, tmp_path):
     code = RUN.replace("max_epochs=2", f"max_epochs={epochs}").replace("torch.set_num", GROWTH + "torch.set_num")
     done = start(tmp_path/"run", model, pictures, code=code)
     assert done.returncode == 0, done.stderr
-    when, megabytes, files = torch.tensor([[float(v) for v in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("EPOCH")]).double().T
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("EPOCH")]
+    when, megabytes, files = torch.tensor([[float(v) for v in line] for line in lines], dtype=torch.float64).T
     record.add(len(when), 0, float(when.diff().max()))
     second, last = slice(epochs//4, epochs//2), slice(3*epochs//4, epochs)
     assert len(when) == epochs and files[last].max() <= files[second].max()
