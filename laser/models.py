@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import laser
-from .bottleneck import Bottleneck, Option, bottleneck_class, bottleneck_options, make_bottleneck, register, signature_options
+from .bottleneck import Bottleneck, Option, bottleneck_options, make_bottleneck, signature_options
 from .networks import Decoder, Encoder
 from .sparse_coding import SparseCode
 

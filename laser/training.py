@@ -14,7 +14,7 @@ __all__ = ['METRICS', 'BOUNDS', 'COLUMNS', 'key', 'DataConfig', 'TrainConfig', '
 
 # %% ../nbs/10_training.ipynb #0003
 import atexit, copy, json, math, operator, os, random, re, secrets, signal, sys, threading, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -22,13 +22,12 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .bottleneck import Option
 from .checkpoints import (Checkpoints, append_row, claim, find_checkpoint, keep_rows,
                                load_training_state, read_json, rng_state, set_rng_state)
 from .data import Images, as_floats, get_dataset, make_loaders
-from .metrics import Lpips, ReconstructionMetrics, load_fid, load_lpips, psnr_of_mse, sum_over_processes
+from .metrics import Lpips, ReconstructionMetrics, psnr_of_mse, sum_over_processes
 from .models import MODELS, Autoencoder, load_pretrained, model_options
 
 # %% ../nbs/10_training.ipynb #1084976e
