@@ -269,6 +269,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         x = (y + 1)/2
         return x if self.training else x.clamp(0, 1)      # [B, 3, H, W]
 
+    __call__: Callable[[torch.Tensor], ModelOutput]       # what type checkers see; nn.Module says Any
+
     def forward(self, x: torch.Tensor) -> ModelOutput:    # x [B, 3, H, W] in [0, 1]
         b = self.bottleneck(self.latents(x))              # quantized [B, D, H/f, W/f]
         y = self.synthesize(b.quantized)                  # [B, 3, H, W] on [-1, 1]
