@@ -329,13 +329,11 @@ class Loggers:
         for name in ("metrics.csv", "steps.csv"): keep_rows(self.folder/name, step)
         if config.train.tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install 'laser[tensorboard]' "
-                                                       "or pip install tensorboard") from e
+            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install tensorboard") from e
             self.board = SummaryWriter(self.folder/"tensorboard", purge_step=step or None)
         if config.wandb.enabled:
             try: import wandb
-            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install 'laser[wandb]' "
-                                                       "or pip install wandb") from e
+            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install wandb") from e
             w = config.wandb
             if os.environ.get("WANDB_MODE") == "": del os.environ["WANDB_MODE"]   # set but empty: W&B takes it for a mode
             self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity, dir=w.save_dir or str(self.folder),
