@@ -37,6 +37,6 @@ model.save_pretrained("folder")
 assert_type(load_pretrained(Path("folder")), Autoencoder)
 assert_type(list_pretrained(), dict[str, list[dict]])
 
-model.reconstruct(images)          # type: ignore[operator]        a misspelt method is found
-batch_omp(images, images, "2")     # type: ignore[arg-type]        and a wrong argument
-print(out.reconstructions)         # type: ignore[attr-defined]    and a misspelt field
+model.reconstruct(images)          # type: ignore[operator]  # a misspelt method is found
+batch_omp(images, images, "2")     # type: ignore[arg-type]  # and a wrong argument
+print(out.reconstructions)         # type: ignore[attr-defined]  # and a misspelt field
