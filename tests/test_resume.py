@@ -148,10 +148,11 @@ def test_a_folder_deleted_under_way(pictures, tmp_path):
     slow = RUN.replace("max_epochs=2", "max_epochs=500")
     process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "resume"],
                                stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (tmp_path/"run"/"metrics.csv").exists() and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
     (tmp_path/"run").rename(tmp_path/"moved")                              # at once, as a deletion is not
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=600)[1]
     assert process.returncode != 0 and str(tmp_path/"run") in err and "is gone, deleted or moved" in err, err
     shutil.rmtree(tmp_path/"moved"), shutil.rmtree(tmp_path/"run", ignore_errors=True)
     for run in ("run", "whole"):
