@@ -330,7 +330,8 @@ def keep_rows(
     with open(path, "rb") as f:
         columns = f.readline(1 << 16).decode("utf-8", "replace").strip().split(",")
         if columns == [""]: return remove(path)                # killed before its header was written
-        if "step" not in columns: raise ValueError(f"{path} is damaged (its first line names no column step): move it away, then resume")
+        if "step" not in columns or not all(map(str.isidentifier, columns)):
+            raise ValueError(f"{path} is damaged (its first line is not names of columns, step among them): move it away, then resume")
         with write_beside(path) as new, open(new, "w", newline="", encoding="utf-8") as out:
             out.write(",".join(columns) + "\n")
             for line in iter(lambda: f.readline(1 << 16), b""):
