@@ -167,17 +167,23 @@ def context_gain(
     return pd.DataFrame(rows)
 
 # %% ../nbs/16_evidence.ipynb #bdd06d09
-COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=3e-3", "train.beta2=0.99", "train.pictures=0",
+COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=2e-3", "train.beta2=0.99", "train.pictures=0",
           "model.num_hiddens=64", "model.downsampling_factor=8"]
-COUNTED = ["model.rate_weight=0.03", "model.commitment_cost=0.05"]
+COUNTED = ["model.rate_weight=0.15", "model.commitment_cost=0.05"]
 STAGES = ["model.num_embeddings=512", "model.num_quantizers=6", "model.num_codebooks=4"]
 
 RECIPES = {  # name -> overrides of `laser_train`
     "ae": [*COMMON, "model=ae"],    # no bottleneck: the upper bound
     "vq": [*COMMON, "model=vqvae", "model.num_embeddings=512"],
+    "pq": [*COMMON, "model=pqvae", "model.num_embeddings=512", "model.num_groups=4", *COUNTED],
+    "fsq": [*COMMON, "model=fsqvae", "model.levels=8x8x8x5x5x5"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
+    "rvq-fixed": [*COMMON, "model=rvqvae", *STAGES, "model.stage_dropout=0.5", "model.commitment_cost=0.05"],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
-    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=96", "model.sparsity_level=12", *COUNTED],
+    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=96", "model.sparsity_level=12", "model.init=pca", *COUNTED],
+    "dl-fixed": [*COMMON, "model=dlvae", "model.num_embeddings=512", "model.sparsity_level=4", "model.coefficient_bits=5", "model.commitment_cost=0.05"],
+    "scalar": [*COMMON, "model=scalar", "model.rate_weight=0.05"],
+    "ae-layers": [*COMMON, "model=ae", "model.linear_path=false"],    # what the linear path brings
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2

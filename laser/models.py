@@ -220,7 +220,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         num_residual_blocks: int = 2,  # blocks in each residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of a residual block
         downsampling_factor: int = 4,  # image side over latent side: 4, 8 or 16
-        linear_path: bool = True,  # a linear map of each patch beside the layers of encoder and decoder
+        linear_path: bool = True,  # a linear map of each patch, at first a cosine transform, beside the layers of encoder and decoder
         **options,  # of the bottleneck: see `model_options(name)`
     ):
         super().__init__()
@@ -236,6 +236,10 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         self.pre_bottleneck = nn.Conv2d(networks["num_hiddens"], D, 1) if encoder is None else nn.Identity()
         self.post_bottleneck = nn.Conv2d(D, networks["num_hiddens"], 3, padding=1) if decoder is None else nn.Identity()
         self.decoder = Decoder(networks.pop("in_channels"), **networks) if decoder is None else decoder
+        if encoder is None and linear_path:      # then the whole model begins as a transform, its codes, and the inverse
+            for conv in (self.pre_bottleneck, self.post_bottleneck):
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
         self.in_channels, self.downsampling_factor = int(in_channels), int(downsampling_factor)
         self.context = None   # a model of the codes that makes streams shorter: `laser.context.fit_context`
         self.own = [name for name, part in dict(encoder=encoder, decoder=decoder, bottleneck=bottleneck).items() if isinstance(part, nn.Module)]
