@@ -380,4 +380,4 @@ def ship_model(
 
 # %% ../nbs/16_evidence.ipynb #6791f6d0
 #| eval: false
-if __name__ == "__main__": repeat_all(*sys.argv[1:3])
+if __name__ == "__main__" and "__file__" in globals(): repeat_all(*sys.argv[1:3])   # not in a notebook
