@@ -105,7 +105,7 @@ def export_onnx(
     `ImportError` without the extra.
     """
     if not (find_spec("onnx") and find_spec("onnxscript")):
-        raise ImportError("ONNX files need onnx and onnxscript: pip install 'laser[onnx]' or pip install onnx onnxscript onnxruntime")
+        raise ImportError("ONNX files need onnx and onnxscript: pip install onnx onnxscript onnxruntime")
     folder, model = Path(folder), _frozen(model)
     folder.mkdir(parents=True, exist_ok=True)
     d, (batch, height, width) = model.divisor, map(torch.export.Dim, ("batch", "height", "width"))
@@ -148,7 +148,7 @@ def run_onnx(
 ) -> list[Tensor]:  # codes, or indices and values, or images
     "Run a file in ONNX Runtime, on the CPU, to see that it gives what the model gives. `ImportError` without the extra."
     try: from onnxruntime import InferenceSession
-    except ImportError as e: raise ImportError("running ONNX files needs ONNX Runtime: pip install 'laser[onnx]' or pip install onnxruntime") from e
+    except ImportError as e: raise ImportError("running ONNX files needs ONNX Runtime: pip install onnxruntime") from e
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     return [torch.from_numpy(output) for output in session.run(None, {n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True)})]
