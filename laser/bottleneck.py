@@ -383,6 +383,7 @@ class Bottleneck(_Alphabet, _State):
     """
     name: str | None = None                          # registered name
     later_buffers = ("rate_points", "table_counts")  # that folders of version 0.1 do not have
+    rebuilt_buffers = ()                             # averages that a file may leave out, since only training needs them
     __call__: Callable[..., BottleneckOutput]
 
     def __init__(

@@ -304,22 +304,33 @@ purposes only. Use the weights for non-commercial research only. The code of LAS
 
 # %% ../nbs/16_evidence.ipynb #93f87533
 def smallest(
-    x: Tensor,  # integers
-) -> Tensor:  # the same numbers in the smallest type that holds them
-    "Integers as they are stored."
-    return x.to(next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if x.numel() == 0 or x.max() <= torch.iinfo(t).max))
+    name: str,  # of a tensor in a file
+    x: Tensor,
+) -> dict[str, Tensor]:  # what stands for it: half precision or few bits where that changes no number
+    "A tensor as it is stored. Where few integers need more than 16 bits, they stand beside it as pairs of place and value."
+    from laser.models import LARGE
+    if x.is_floating_point(): return {name: x.half() if torch.equal(x.half().to(x.dtype), x) else x}
+    top = torch.iinfo(torch.int16).max
+    if x.numel() == 0 or x.min() < 0: return {name: x}
+    if x.max() <= 255: return {name: x.to(torch.uint8)}
+    places = (x.flatten() > top).nonzero().flatten()
+    if 4*len(places) > x.numel(): return {name: x.int() if x.max() < 2**31 else x}
+    pairs = torch.stack([places, x.flatten()[places]], 1)
+    return {name: x.clamp(max=top).short()} | ({name + LARGE: pairs} if len(pairs) else {})
 
 # %% ../nbs/16_evidence.ipynb #78fa0f99
 def store_small(
     model: Autoencoder,  # of `round_networks`
     folder: str | Path,  # made if it is not there
 ) -> None:
-    "`save_pretrained`, with half precision where that changes no number, and small integers."
+    "`save_pretrained` without what only training needs, with half precision where that changes no number, and small integers."
     from safetensors.torch import save_file
     from laser.models import CONFIG_NAME, WEIGHTS_NAME, write_digests
     model.save_pretrained(folder)
-    def small(x): return smallest(x) if not x.is_floating_point() else x.half() if torch.equal(x.half().to(x.dtype), x) else x
-    weights = {name: small(x) for name, x in model.state_dict().items()}
+    left_out = {f"bottleneck.{name}" for name in model.bottleneck.rebuilt_buffers}
+    weights = {}
+    for name, x in model.state_dict().items():
+        if name not in left_out: weights |= smallest(name, x)
     save_file(weights, Path(folder)/WEIGHTS_NAME)
     write_digests(Path(folder), CONFIG_NAME, WEIGHTS_NAME)
 
@@ -337,7 +348,7 @@ def ship_model(
     folder: str | Path,  # of the shipped model; its name is the model's
     rate_weights: list[float],  # rate points that it gets tables for; the one in the middle is its own
     train: int = 1000,  # training faces that tables are fitted on
-    test: int | None = None,  # test faces; None: all
+    test: int | None = 300,  # test faces; None: all
     batch: int = 25,  # images coded at a time
 ) -> pd.DataFrame:  # of `rate_curve`
     "Round, fit, measure and store a trained model, with its card, its results and its terms."

@@ -385,6 +385,8 @@ class ResidualVQ(_Chain, Bottleneck):
     and `rate_weight` changed (then `fit_tables` again): both trade bits for error.
     """
     max_level = 0              # of gains, of which there are none
+    rebuilt_buffers = "ema_sums", "symbol_counts"
+    later_buffers = (*Bottleneck.later_buffers, *rebuilt_buffers)
 
     def __init__(
         self,
@@ -475,6 +477,12 @@ class ResidualVQ(_Chain, Bottleneck):
 
     @property
     def _whole(self): return not self.price_of_bits                              # use every stage, if bits cost nothing
+
+    def _load_from_state_dict(self, state, prefix, *args, **kwargs):
+        if prefix + "ema_sums" not in state:           # left out of a file that is not for training
+            state[prefix + "ema_sums"] = state[prefix + "entries"] * state[prefix + "ema_mass"][:, None]
+            state[prefix + "symbol_counts"] = torch.zeros_like(self.symbol_counts)
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def encode_signals(self, signals: Tensor):
         "Signals [N, M] to codes."
