@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITE_ERRORS', 'INDEX', 'STEP_NAME', 'flush_to_disk', 'remove', 'write_beside', 'files_into', 'FolderInUse', 'claim',
-           'rng_state', 'set_rng_state', 'CheckpointError', 'read_index', 'Checkpoints', 'find_checkpoint',
+           'rng_state', 'set_rng_state', 'CheckpointError', 'gone', 'read_index', 'Checkpoints', 'find_checkpoint',
            'load_training_state', 'append_row', 'keep_rows']
 
 # %% ../nbs/09_checkpoints.ipynb #0003
@@ -139,6 +139,10 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)   # torch.save reports a
 class CheckpointError(OSError):
     "A checkpoint could not be written; the message says what remains."
 
+def gone(folder: Path) -> str:
+    "What to say when a run's folder was deleted or moved under way."
+    return f"{folder} is gone, deleted or moved while the run wrote to it: put it back and resume, or start anew"
+
 # %% ../nbs/09_checkpoints.ipynb #0034
 INDEX, STEP_NAME = "checkpoints.json", re.compile(r"step-(\d{8,12})")
 
@@ -199,6 +203,7 @@ class Checkpoints:
         "Make a checkpoint with `write(folder)`; `value` is the monitored number if the model has just been validated."
         name = f"step-{step:08d}"
         try:
+            if self.made and not self.folder.is_dir(): raise FileNotFoundError(gone(self.folder))   # not made again: its links and logs went with it
             self.folder.mkdir(parents=True, exist_ok=True)
             if name not in self.made:
                 if (self.folder/name).exists(): raise OSError("this run has not made what lies there")
@@ -228,6 +233,7 @@ class Checkpoints:
 
     def error(self, name: str, e: Exception) -> CheckpointError:
         "What a person should know who finds the disk full."
+        if self.made and not self.folder.is_dir(): return CheckpointError(gone(self.folder))
         return CheckpointError(f"could not write the checkpoint {self.folder/name}: {getattr(e, 'strerror', None) or e}; {self.left()}. "
                                "Free some space or set checkpoint.dirpath to a folder that can be written, then resume")
 
@@ -305,6 +311,7 @@ def append_row(
     row: dict,   # column -> number
 ) -> None:
     "Add a line to a CSV file, in the columns that it has."
+    if not path.parent.is_dir(): raise FileNotFoundError(gone(path.parent))
     with open(path, "a+", newline="", encoding="utf-8") as f:
         f.seek(0)
         header = f.readline().strip()

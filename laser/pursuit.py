@@ -22,8 +22,8 @@ def normalize_atoms(
         column = int(bad.flatten().nonzero()[0, 0])
         raise ValueError(f"atom {column} of the dictionary is zero or not finite, so it has no direction; "
                          "remove that column or replace it (a random or a data vector will do)")
-    scaled = dictionary / peak
-    return scaled / torch.linalg.vector_norm(scaled, dim=0, keepdim=True)
+    scaled = dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)) / peak   # half precision is rounded once, at the end
+    return (scaled / torch.linalg.vector_norm(scaled, dim=0, keepdim=True)).to(dictionary.dtype)
 
 # %% ../nbs/00_pursuit.ipynb #0015
 def correlation_floor(dtype: torch.dtype) -> float:

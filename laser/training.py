@@ -28,7 +28,7 @@ from .checkpoints import (Checkpoints, append_row, claim, find_checkpoint, keep_
                                load_training_state, read_json, rng_state, set_rng_state)
 from .data import Images, as_floats, get_dataset, make_loaders
 from .metrics import Lpips, ReconstructionMetrics, psnr_of_mse, sum_over_processes
-from .models import MODELS, Autoencoder, load_pretrained, model_options
+from .models import MODELS, Autoencoder, check_digests, load_pretrained, model_options
 
 # %% ../nbs/10_training.ipynb #1084976e
 def key(
@@ -228,6 +228,7 @@ def stored_config(
     "The configuration of the run that made a checkpoint; ValueError names the file if it is damaged."
     path = Path(checkpoint)/"run.json"
     if not path.is_file(): raise FileNotFoundError(f"{checkpoint} can be evaluated but not resumed: it has no run.json")
+    check_digests(path.parent, path.name)
     values = read_json(path, "resume from another checkpoint of the run, by its name")
     try: config = config_from_dict(values)
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is damaged, or of another version ({e})") from e

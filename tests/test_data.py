@@ -268,6 +268,56 @@ def test_zoo_that_is_refused_by_name(tmp_path):
     assert images.label.endswith("8 unreadable left out") and images[0].equal(torch.ones(3, 8, 8))
 
 
+KEEPS = {"png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "tif": ("1", "L", "RGB", "RGBA", "CMYK", "I;16"), "webp": ("RGB", "RGBA"),
+         "bmp": ("1", "L", "RGB"), "gif": ("L", "P"), "ppm": ("1", "L", "RGB"), "tga": ("L", "RGB", "RGBA"), "jp2": ("L", "RGB")}  # without loss
+TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+          7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}         # how a viewer shows each EXIF orientation
+
+
+def drawn(mode, shape, rng):
+    """A picture of a mode, and what is seen of it as RGB over white, by the definitions of the modes."""
+    v = rng.integers(0, 256, (*shape, 4)).astype(np.uint8)
+    grey = v[..., :1].repeat(3, 2)
+    if mode == "1": return Image.fromarray(v[..., 0]).point(lambda g: 255*(g > 127), "1"), 255*(grey > 127)
+    if mode == "L": return Image.fromarray(v[..., 0]), grey
+    if mode == "I;16":
+        deep = v[..., 0].astype(np.uint16)*256 + v[..., 1]
+        return Image.fromarray(deep), np.round(deep/257)[..., None].repeat(3, 2)
+    if mode == "P":
+        image, palette = Image.fromarray(v[..., 0]).convert("P"), rng.integers(0, 256, (256, 3)).astype(np.uint8)
+        image.putpalette(palette.tobytes())
+        return image, palette[np.asarray(image)]
+    if mode == "RGB": return Image.fromarray(v[..., :3].copy()), v[..., :3]
+    if mode == "CMYK": return Image.fromarray(v, "CMYK"), (255.0 - v[..., :3])*(255.0 - v[..., 3:])/255
+    colour, alpha = (grey, v[..., 1:2]/255) if mode == "LA" else (v[..., :3], v[..., 3:]/255)
+    return Image.fromarray(v[..., :2].copy() if mode == "LA" else v, mode), alpha*colour + (1 - alpha)*255
+
+
+def test_zoo_of_drawn_pictures(record, tmp_path):
+    """A picture of any format, mode, size and orientation is read rightly; damaged, it is read or refused by name."""
+    rng = np.random.default_rng(0)
+    for _ in record.upto(60, 2000):
+        suffix = list(KEEPS)[rng.integers(len(KEEPS))]
+        mode, shape = KEEPS[suffix][rng.integers(len(KEEPS[suffix]))], tuple(rng.integers(1, 40, 2))
+        image, seen = drawn(mode, shape, rng)
+        file, options = tmp_path/f"picture.{suffix}", dict(lossless=True, exact=True) if suffix == "webp" else {}
+        if suffix in ("png", "webp"):
+            turn = int(rng.integers(1, 9))
+            exif = Image.Exif()
+            exif[0x0112], seen, options["exif"] = turn, TURNED[turn](seen), exif
+        image.save(file, **options)
+        with record.case():
+            read = np.asarray(read_rgb(file)).astype(float)
+            assert read.shape == seen.shape and np.abs(read - seen).max() <= 1, (suffix, mode, shape)
+        data = bytearray(file.read_bytes())
+        start = int(rng.integers(len(data)))
+        data[start:start + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(9)))
+        file.write_bytes(data)
+        with record.case():
+            try: assert read_rgb(file).mode == "RGB"
+            except OSError as error: assert str(file) in str(error)
+
+
 def test_training_goes_on_without_what_cannot_be_read(folder, tmp_path):
     for path in folder.iterdir(): (tmp_path/path.name).write_bytes(path.read_bytes())
     (tmp_path/"07.png").write_bytes(b"")

@@ -1,6 +1,8 @@
 """A run whose process is killed, and that goes on from its last checkpoint, ends with the same bytes as one that ran through."""
+import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,14 +34,33 @@ if kill_at:  # die, without a chance to clean up, right before that step
         return real(step, *rest)
     laser.training.learning_rate_at = die
 torch.set_num_threads(1)
-result = fit(config, resume=folder if resume else None)
+result = fit(config, resume="auto" if resume else None)
 print(result.steps)
 """
 
 
-def start(folder, model, data, kill_at=0, resume=False, **kwargs):
-    return subprocess.run([sys.executable, "-c", RUN, str(folder), model, str(data), str(kill_at), "resume" if resume else "new"],
-                          capture_output=True, text=True, timeout=300, **kwargs)
+def start(folder, model, data, kill_at=0, resume=False, code=RUN, **kwargs):
+    return subprocess.run([sys.executable, "-c", code, str(folder), model, str(data), str(kill_at), "resume" if resume else "new"],
+                          capture_output=True, text=True, timeout=3000, **kwargs)
+
+
+def log_of(folder, file, *times):
+    """The lines of a log without the columns that a clock has filled."""
+    header, *lines = (folder/file).read_text().splitlines()
+    return [{k: v for k, v in zip(header.split(","), line.split(",")) if k not in times} for line in lines]
+
+
+def assert_same_to_the_byte(one, other):
+    """Weights, what resuming needs, and logs; no step twice, none missing."""
+    a, b = find_checkpoint(one), find_checkpoint(other)
+    assert a.name == b.name == "step-00000016"                             # 2 epochs of 32 training pictures, 4 at a time
+    assert (a/"model.safetensors").read_bytes() == (b/"model.safetensors").read_bytes()
+    left, right = (torch.load(c/"training.pt", weights_only=True) for c in (a, b))
+    assert all(torch.equal(left["model"][k], right["model"][k]) for k in left["model"])
+    for k, state in left["optimizer"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(right["optimizer"]["state"][k][name])) for name, v in state.items())
+    for log in (("steps.csv", "images_per_second"), ("metrics.csv", "images_per_second", "waiting_for_data", "seconds")):
+        assert log_of(one, *log) == log_of(other, *log)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +80,7 @@ def pictures(tmp_path_factory):
 def test_killed_and_resumed_is_the_same_to_the_byte(model, pictures, tmp_path):
     whole = start(tmp_path/"whole", model, pictures)
     assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.split() == ["16"]                                  # 2 epochs of 32 training pictures, 4 at a time
+    assert whole.stdout.split() == ["16"]
 
     killed = start(tmp_path/"parts", model, pictures, kill_at=11)          # in the second epoch, after the checkpoint of step 9
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -67,20 +88,87 @@ def test_killed_and_resumed_is_the_same_to_the_byte(model, pictures, tmp_path):
 
     resumed = start(tmp_path/"parts", model, pictures, resume=True)
     assert resumed.returncode == 0, resumed.stderr
-    a, b = find_checkpoint(tmp_path/"whole"), find_checkpoint(tmp_path/"parts")
-    assert a.name == b.name == "step-00000016"
-    assert (a/"model.safetensors").read_bytes() == (b/"model.safetensors").read_bytes()
-    left, right = (torch.load(c/"training.pt", weights_only=True) for c in (a, b))
-    assert all(torch.equal(left["model"][k], right["model"][k]) for k in left["model"])
-    for k, state in left["optimizer"]["state"].items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(right["optimizer"]["state"][k][name])) for name, v in state.items())
+    assert_same_to_the_byte(tmp_path/"whole", tmp_path/"parts")
 
-    for file, times in (("steps.csv", {"images_per_second"}), ("metrics.csv", {"images_per_second", "waiting_for_data", "seconds"})):
-        rows = []
-        for run in ("whole", "parts"):
-            header, *lines = (tmp_path/run/file).read_text().splitlines()
-            rows.append([{k: v for k, v in zip(header.split(","), line.split(",")) if k not in times} for line in lines])
-        assert rows[0] == rows[1]                                          # no step twice, none missing
+
+KILLS = RUN.split("if kill_at")[0].replace("every_n_steps=3", "every_n_steps=1") + """
+import json, random, time, traceback
+from pathlib import Path
+from laser.checkpoints import check_digests, read_index
+torch.set_num_threads(1)
+rng, place, kills, within, failures, worst = random.Random(model), Path(folder), 0, 0, [], 0.0
+
+def life(run, seconds, in_checkpoint=False):
+    # of one process, killed after so many seconds, or while it writes a checkpoint; whether it came to its end
+    global kills, within
+    pid, start, ended = os.fork(), time.monotonic(), 0
+    if not pid:
+        config.output_dir = str(run)
+        try: fit(config, resume="auto")
+        except BaseException as e: (place/"error").write_text(traceback.format_exc())
+        os._exit(0)
+    while not ended and time.monotonic() - start < seconds:
+        ended = os.waitpid(pid, os.WNOHANG)[0]
+        if in_checkpoint and time.monotonic() - start > seconds/2 and list(run.glob("checkpoints/.*.writing")): break
+        time.sleep(0.0005)
+    if not ended:
+        os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+        kills, within = kills + 1, within + bool(list(run.glob("checkpoints/.*")))
+    if (place/"error").exists(): failures.append((place/"error").read_text()), (place/"error").unlink()
+    if (run/"checkpoints"/"checkpoints.json").exists() and (last := read_index(run/"checkpoints")["last"]):
+        check_digests(run/"checkpoints"/last, "model.safetensors", "training.pt", "run.json")  # the last good checkpoint is whole
+    return ended
+
+start = time.monotonic()
+life(place/"whole", 1e9)
+usual, runs = time.monotonic() - start, 0
+while kills < kill_at and not failures:
+    runs += 1
+    while not life(place/f"run-{runs}", rng.uniform(0, 1.2*usual) if kills < kill_at else 1e9, kills % 2) and not failures: pass
+print(json.dumps(dict(kills=kills, within=within, runs=runs, failures=failures, usual=usual)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.parametrize("model", ["vqvae", "dlvae"])
+def test_killed_at_any_moment(model, pictures, record, tmp_path):
+    """The same command again and again, until the run is finished: every second kill falls into a checkpoint, if it can."""
+    began = time.monotonic()
+    done = start(tmp_path, model, pictures, kill_at=15 if record.long else 2, code=KILLS)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    record.add(result["kills"], len(result["failures"]), time.monotonic() - began)
+    assert not result["failures"] and result["kills"] >= (15 if record.long else 2), result
+    assert result["within"] or not record.long
+    for i in range(result["runs"]): assert_same_to_the_byte(tmp_path/"whole", tmp_path/f"run-{i + 1}")
+
+
+GROWTH = """
+import laser.training
+end_epoch = laser.training.end_epoch
+def watched(*args):
+    end_epoch(*args)
+    pages = int(open("/proc/self/statm").read().split()[1])
+    print("EPOCH", time.monotonic(), pages*os.sysconf("SC_PAGE_SIZE")/2**20, len(os.listdir("/proc/self/fd")))
+laser.training.end_epoch = watched
+import time
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("model", ["vqvae", "dlvae"])
+def test_many_epochs_without_growth(model, pictures, record, tmp_path):
+    """Of memory or of open files, from the second quarter of the run to the last."""
+    epochs = 100 if record.long else 8
+    code = RUN.replace("max_epochs=2", f"max_epochs={epochs}").replace("torch.set_num", GROWTH + "torch.set_num")
+    done = start(tmp_path/"run", model, pictures, code=code)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("EPOCH")]
+    when, megabytes, files = torch.tensor([[float(v) for v in line] for line in lines], dtype=torch.float64).T
+    record.add(len(when), 0, float(when.diff().max()))
+    second, last = slice(epochs//4, epochs//2), slice(3*epochs//4, epochs)
+    assert len(when) == epochs and files[last].max() <= files[second].max()
+    assert megabytes[last].median() - megabytes[second].median() < 10
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
@@ -99,10 +187,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
     assert state["position"]["step"] == int(step.split("-")[1])
 
 
-@pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="the superuser may write anywhere")
+def as_anyone():
+    """The superuser may write anywhere: a process started with this may not."""
+    if os.geteuid() == 0: ctypes.CDLL(None).prctl(24, 1)                   # Linux: PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders are locked in other ways")
 def test_no_permission_at_a_checkpoint(pictures, tmp_path):
     (tmp_path/"locked").mkdir(mode=0o555)
-    result = start(tmp_path/"locked"/"run", "vqvae", pictures)
+    result = start(tmp_path/"locked"/"run", "vqvae", pictures, preexec_fn=as_anyone)
     assert result.returncode != 0 and "Permission denied" in result.stderr
 
 

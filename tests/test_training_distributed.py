@@ -55,8 +55,8 @@ def test_two_processes_learn_what_one_learns(model, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other process in /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_when_one_process_is_lost_the_other_ends_and_says_so(how, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_when_one_process_is_lost_the_other_ends_and_says_so(how, record, tmp_path):
     script = tmp_path/"run.py"
     script.write_text(RUN.replace("max_epochs=1", "max_epochs=10000"))
     log = open(tmp_path/"log", "w")                                        # a pipe would stay open in the stopped process
@@ -68,7 +68,9 @@ def test_when_one_process_is_lost_the_other_ends_and_says_so(how, tmp_path):
         other = [int(pid) for pid in children if str(script) in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(other) == 1
         os.kill(other[0], how)
+        killed = time.monotonic()
         first.wait(timeout=60)
+        record.add(1, 0, time.monotonic() - killed)
         err = (tmp_path/"log").read_text()
         assert first.returncode != 0 and "has died or hangs" in err and "step-0" in err and "train.resume=" in err, err
     finally:
