@@ -213,7 +213,7 @@ CURVES = {  # name -> its recipe and the settings of its points
     "fsq": ("fsq", [dict()]),
     "scalar": ("scalar", [dict(rate_weight=w) for w in (0.0125, 0.025, 0.05, 0.1, 0.2)]),
 }
-CONTEXT = {f"{name}, context": (recipe, settings[1:5]) for name, (recipe, settings) in CURVES.items() if recipe in ("rvq", "gsvq", "dl") and "beam" not in name}
+CONTEXT = {f"{name}, context": (CURVES[name][0], CURVES[name][1][-5:-1]) for name in ("rvq", "gsvq", "dl", "rvq, beam 4", "gsvq, beam 4")}
 SEEDS = {"rvq": (0, 1, 2), "gsvq": (0, 1, 2), "dl": (0, 1, 2)}   # of a curve; 0 for every other
 SHIPPED = {"vq": [0.0], "rvq": [0.06, 0.25, 0.8], "gsvq": [0.06, 0.25, 0.8], "dl": [0.06, 0.25, 0.8]}   # rate weights of each model that ships
 
