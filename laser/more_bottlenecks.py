@@ -295,6 +295,9 @@ class _Chain:
             levels[:, t] = torch.where(level >= 0, level + 1, level)
         return self._codes(torch.where(used, indices, -1), torch.where(used, levels, 0))
 
+# %% ../nbs/04_more_bottlenecks.ipynb #18833909
+class _PricedChain(_Chain):
+    "A chain with tables and prices for its symbols."
     def _helped(self, counts):
         "Counts of all tables, with those of an entry helped by those of its dictionary."
         K, A, T = self.num_embeddings, self.num_entries, self.num_quantizers
@@ -327,13 +330,8 @@ class _Chain:
         return entry.view(T, K), level, torch.cat([flags, start]).view(A + 1, 2)
 
 # %% ../nbs/04_more_bottlenecks.ipynb #80b5988c
-@register("rvq")
-class ResidualVQ(_Chain, Bottleneck):
-    """A sum of entries, one for each stage, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
-
-    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model,
-    and `rate_weight` changed (then `fit_tables` again): both trade bits for error.
-    """
+class _Entries(_PricedChain, Bottleneck):
+    "Options and state of residual VQ."
     max_level = 0              # of gains, of which there are none
 
     def __init__(
@@ -387,6 +385,39 @@ class ResidualVQ(_Chain, Bottleneck):
         "Nominal: ceil(log2 K) for each stage, and a bit for each flag where depth is chosen."
         return self.num_quantizers * (rate.nominal_bits(self.num_embeddings) + bool(self.rate_weight))
 
+# %% ../nbs/04_more_bottlenecks.ipynb #79342ebd
+class _Sum(_Entries):
+    "Codes to sums of entries."
+    def _chosen(self, codes):
+        "The row of each stage's entry [N, T], the number of entries where there is none, and its gain."
+        indices, levels = self._parts(codes)
+        rows = torch.where(indices < 0, self.num_entries, indices + torch.tensor(self._first, device=indices.device))
+        gains = torch.where(torch.tensor(self._gained, device=levels.device), levels * self.gain_step, 1.0)
+        return rows, torch.where(indices < 0, 0, gains).to(self.entries.dtype)
+
+    def decode_signals(self, codes) -> Tensor:
+        "Codes to the sums of their entries [N, M]. On the CPU, `ValueError` for an index that is no entry."
+        indices = self._parts(codes)[0]
+        visible = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
+        if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
+            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
+                             f"got {int(indices.min())}..{int(indices.max())}; "
+                             "decode with the bottleneck that made them")
+        return self._sum(*self._chosen(codes))
+
+    def _sum(self, rows, gains):
+        entries = F.pad(self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
+        total = entries.new_zeros(rows.shape[0], entries.shape[1])
+        for row, gain in zip(rows.unbind(1), gains.unbind(1)): total = total + gain[:, None] * F.embedding(row, entries)
+        return total
+
+    def code_entries(self, codes) -> Tensor:
+        rows, _ = self._chosen(codes)
+        return torch.where(rows == self.num_entries, -1, rows)
+
+# %% ../nbs/04_more_bottlenecks.ipynb #236bcc2d
+class _Search(_Sum):
+    "Signals to codes."
     def _search(self, signals, depth, beam):
         "Indices and levels of signals [N, M]."
         signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
@@ -437,33 +468,35 @@ class ResidualVQ(_Chain, Bottleneck):
             if drop < self.stage_dropout: depth = 1 + int(stages * depth)
         return self._codes(*self._search(signals, depth, self.beam))
 
-    def _chosen(self, codes):
-        "The row of each stage's entry [N, T], the number of entries where there is none, and its gain."
-        indices, levels = self._parts(codes)
-        rows = torch.where(indices < 0, self.num_entries, indices + torch.tensor(self._first, device=indices.device))
-        gains = torch.where(torch.tensor(self._gained, device=levels.device), levels * self.gain_step, 1.0)
-        return rows, torch.where(indices < 0, 0, gains).to(self.entries.dtype)
+# %% ../nbs/04_more_bottlenecks.ipynb #afdb4f94
+class _Revival(_Search):
+    "Dead entries come back."
+    def _revive(self, signals, rows, gains, counts):
+        "Dead entries become residuals of this batch, with an equal share to start from."
+        K, generator, residual = self.num_embeddings, self._generator(), signals.to(self.entries.dtype)
+        share = self.ema_counts.view(-1, K).mean(1, keepdim=True).expand(-1, K).flatten()
+        equal = counts.view(-1, K).sum(1, keepdim=True).expand(-1, K).flatten() / K
+        self.expected.copy_(torch.where(counts > 0, 0, self.expected + equal))
+        dead = (self.ema_counts < self.revive_below * share) | (self.revive_below * self.expected > PATIENCE)
+        fresh = []
+        for d in range(self.num_codebooks):
+            fresh.append(_rows_at(residual, _spread(K, generator)))
+            residual = residual - self._sum(rows[:, d:d + 1], gains[:, d:d + 1])
+        fresh = self._shaped(torch.cat(fresh))
+        dead &= fresh.square().sum(1) > 0
+        self.entries.copy_(torch.where(dead[:, None], fresh, self.entries))
+        self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
+        self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
+        self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
+        self.expected.masked_fill_(dead, 0)
+        if self.rate_weight:       # at the price of its former self a new entry would never be chosen
+            for t, first in enumerate(self._first):
+                uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
+                uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
 
-    def decode_signals(self, codes) -> Tensor:
-        "Codes to the sums of their entries [N, M]. On the CPU, `ValueError` for an index that is no entry."
-        indices = self._parts(codes)[0]
-        visible = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
-        if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
-            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
-                             f"got {int(indices.min())}..{int(indices.max())}; "
-                             "decode with the bottleneck that made them")
-        return self._sum(*self._chosen(codes))
-
-    def _sum(self, rows, gains):
-        entries = F.pad(self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
-        total = entries.new_zeros(rows.shape[0], entries.shape[1])
-        for row, gain in zip(rows.unbind(1), gains.unbind(1)): total = total + gain[:, None] * F.embedding(row, entries)
-        return total
-
-    def code_entries(self, codes) -> Tensor:
-        rows, _ = self._chosen(codes)
-        return torch.where(rows == self.num_entries, -1, rows)
-
+# %% ../nbs/04_more_bottlenecks.ipynb #3dc9e3da
+class _Learning(_Revival):
+    "Entries from data."
     @torch.no_grad()
     def initialize(self, signals: Tensor) -> None:
         residual = signals
@@ -493,29 +526,14 @@ class ResidualVQ(_Chain, Bottleneck):
         self.symbol_counts.lerp_(symbols.to(self.symbol_counts.dtype), 1 - self.decay)
         if self.revive_below: self._revive(signals, rows, gains, counts)
 
-    def _revive(self, signals, rows, gains, counts):
-        "Dead entries become residuals of this batch, with an equal share to start from."
-        K, generator, residual = self.num_embeddings, self._generator(), signals.to(self.entries.dtype)
-        share = self.ema_counts.view(-1, K).mean(1, keepdim=True).expand(-1, K).flatten()
-        equal = counts.view(-1, K).sum(1, keepdim=True).expand(-1, K).flatten() / K
-        self.expected.copy_(torch.where(counts > 0, 0, self.expected + equal))
-        dead = (self.ema_counts < self.revive_below * share) | (self.revive_below * self.expected > PATIENCE)
-        fresh = []
-        for d in range(self.num_codebooks):
-            fresh.append(_rows_at(residual, _spread(K, generator)))
-            residual = residual - self._sum(rows[:, d:d + 1], gains[:, d:d + 1])
-        fresh = self._shaped(torch.cat(fresh))
-        dead &= fresh.square().sum(1) > 0
-        self.entries.copy_(torch.where(dead[:, None], fresh, self.entries))
-        self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
-        self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
-        self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
-        self.expected.masked_fill_(dead, 0)
-        if self.rate_weight:       # at the price of its former self a new entry would never be chosen
-            for t, first in enumerate(self._first):
-                uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
-                uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
+# %% ../nbs/04_more_bottlenecks.ipynb #f5c5047e
+@register("rvq")
+class ResidualVQ(_Learning):
+    """A sum of entries, one for each stage, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
 
+    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model,
+    and `rate_weight` changed (then `fit_tables` again): both trade bits for error.
+    """
     @torch.no_grad()
     def fit(
         self,
@@ -553,9 +571,36 @@ class ResidualVQ(_Chain, Bottleneck):
         self.entries.copy_(self._shaped(entries))
         self.ema_counts.copy_(torch.bincount(rows.flatten(), minlength=A + 1)[:A])
 
+# %% ../nbs/04_more_bottlenecks.ipynb #b1a50391
+class _Gains:
+    "What residual VQ replaces where entries have gains."
+    def _shaped(self, entries):
+        "All entries, at unit norm where they are atoms."
+        plain, atoms = entries.tensor_split([self._first_atom])
+        return torch.cat([plain, F.normalize(atoms, dim=1)])
+
+    def _codes(self, indices, levels):
+        rows = torch.where(indices < 0, -1, indices + torch.tensor(self._first, device=indices.device))
+        gained = torch.tensor(self._gained, device=levels.device)
+        gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
+        return SparseCode(rows, torch.where(indices < 0, 0, gains))
+
+    def _parts(self, codes):
+        first, gained = (torch.tensor(x, device=codes.indices.device) for x in (self._first, self._gained))
+        indices = torch.where(codes.indices < 0, -1, codes.indices - first)
+        levels = (codes.values / self.gain_step).round().long() * gained
+        return indices, levels.clamp(-self.max_level, self.max_level)
+
+    def _chosen(self, codes): return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
+
+    def bits_per_code(self) -> int:
+        "Nominal: ceil(log2 K) for each atom, a bit for the flag after it, ceil(log2 (2 * max_level)) for its gain."
+        flags = self.num_quantizers * (not self.rate_weight)                     # where bits count they are in already
+        return super().bits_per_code() + flags + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
+
 # %% ../nbs/04_more_bottlenecks.ipynb #209d8be6
 @register("gsvq")
-class GainShapeVQ(ResidualVQ):
+class GainShapeVQ(_Gains, ResidualVQ):
     """A sum of unit atoms with coded gains, a dictionary for each step. Sources: Gersho and Gray 1992, chapter 12.
 
     Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels
@@ -598,30 +643,6 @@ class GainShapeVQ(ResidualVQ):
     def gain_step(self) -> float:
         "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm if that is 0."
         return rate.STEP_RATIO * math.sqrt(self.price_of_bits) or float(self.signal_energy.sqrt() / 8)
-
-    def bits_per_code(self) -> int:
-        "Nominal: ceil(log2 K) for each atom, a bit for the flag after it, ceil(log2 (2 * max_level)) for its gain."
-        flags = self.num_quantizers * (not self.rate_weight)                     # where bits count they are in already
-        return super().bits_per_code() + flags + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
-
-    def _shaped(self, entries):
-        "All entries, at unit norm where they are atoms."
-        plain, atoms = entries.tensor_split([self._first_atom])
-        return torch.cat([plain, F.normalize(atoms, dim=1)])
-
-    def _codes(self, indices, levels):
-        rows = torch.where(indices < 0, -1, indices + torch.tensor(self._first, device=indices.device))
-        gained = torch.tensor(self._gained, device=levels.device)
-        gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
-        return SparseCode(rows, torch.where(indices < 0, 0, gains))
-
-    def _parts(self, codes):
-        first, gained = (torch.tensor(x, device=codes.indices.device) for x in (self._first, self._gained))
-        indices = torch.where(codes.indices < 0, -1, codes.indices - first)
-        levels = (codes.values / self.gain_step).round().long() * gained
-        return indices, levels.clamp(-self.max_level, self.max_level)
-
-    def _chosen(self, codes): return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
 
     def initialize(self, signals: Tensor) -> None:
         self._track(signals, 1)
