@@ -838,7 +838,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
 
     def after_step(self) -> None:
         "Scale the atoms back to unit norm, as reading `dictionary` does."
-        self.dictionary
+        _ = self.dictionary
 
     def _atoms(self):
         "Unit atoms [M, K] for one forward pass, in float32 at least. The parameter itself is left alone."

@@ -9,15 +9,16 @@ __all__ = ['WRITE_ERRORS', 'INDEX', 'STEP_NAME', 'flush_to_disk', 'remove', 'wri
 
 # %% ../nbs/09_checkpoints.ipynb #0003
 import errno, json, math, os, random, re, shutil, tempfile, time, zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .models import DIGESTS, Autoencoder, check_digests, read_json, weight_differences, write_digests
+from .models import Autoencoder, check_digests, read_json, weight_differences, write_digests
 
 # %% ../nbs/09_checkpoints.ipynb #0007
 def flush_to_disk(

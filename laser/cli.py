@@ -19,7 +19,9 @@ import difflib, json, math, os, re, sys, tempfile, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Optional, get_args
+from typing import TYPE_CHECKING, Any, Optional, get_args
+
+if TYPE_CHECKING: import torch
 
 # %% ../nbs/15_cli.ipynb #0008
 def option(
@@ -45,7 +47,7 @@ class Settings:
 # %% ../nbs/15_cli.ipynb #0011
 def group_choices(settings: type) -> dict:
     "What each group of a command can be."
-    import laser.more_bottlenecks  # registers its names
+    import laser.more_bottlenecks  # noqa: F401 -- registers its names
     from laser.bottleneck import BOTTLENECKS
     from laser.models import MODELS
     from laser.training import CheckpointConfig, DataConfig, TrainConfig, WandbConfig, model_config
@@ -795,7 +797,6 @@ def trained_size(folder: Path) -> int:
 def reconstruct(c: Reconstruct, typed: dict):
     "What `laser_reconstruct` does."
     import matplotlib.pyplot as plt
-    import torch
     from torchvision.utils import save_image
     from laser.checkpoints import files_into
     from laser.data import image_files, load_image

@@ -12,6 +12,7 @@ import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -295,10 +296,10 @@ def speed_table(
     some, deepest = pixels[:: max(1, len(pixels) // 100)][:100], max(m.sparsity for m in study.methods.values())
     for name, m in study.methods.items():
         if m.coefficient_bits is not None: continue
-        each, gain = seconds_of(lambda: m.encode(pixels, study.palette), repeats) / len(pixels), None
+        each, gain = seconds_of(partial(m.encode, pixels, study.palette), repeats) / len(pixels), None
         if m.sparsity == deepest and m.kind != "vq":
             atoms = m.atoms(study.palette)
-            def loop(): return [pursuit(pixel[None], atoms, m.sparsity, method=m.kind) for pixel in some]
+            def loop(m=m, atoms=atoms): return [pursuit(p[None], atoms, m.sparsity, method=m.kind) for p in some]
             gain = seconds_of(loop, 1) / len(some) / each
         rows[name] = {"ms/image": 1e3 * each * len(pixels) / len(study.images), "us/pixel": 1e6 * each,
                       "times VQ": None, "gain over loop": gain, "bytes/pixel": 8 if m.kind == "vq" else 12 * m.sparsity}

@@ -229,7 +229,7 @@ def fit_context(
     "Fit a context model, in place of what was fitted before. `ValueError` without fitted tables."
     from tqdm import tqdm
     bottleneck = copy.deepcopy(model.bottleneck).cpu().eval()
-    bottleneck.rate_point                                                    # an error here says how to fit tables
+    _ = bottleneck.rate_point                                                # an error here says how to fit tables
     points = bottleneck.rate_points.tolist()
     codes = [_values(model, images, weight) for weight in points]
     bottleneck.rate_weight, (h, w) = points[0], codes[0][1]
@@ -278,5 +278,5 @@ def context_bits(
     bottleneck, (B, h, w) = model.bottleneck, model.bottleneck._flat(codes)[1]
     tables = model.context.tables(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy().reshape(B, h * w, -1)
-    bits = [walk(bottleneck, tables, h, w, lambda rows, t, f: own[rows, t])[1] for own in values]
+    bits = [walk(bottleneck, tables, h, w, lambda rows, t, f, own=own: own[rows, t])[1] for own in values]
     return torch.tensor(bits, dtype=torch.float64)

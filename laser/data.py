@@ -17,7 +17,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePath
@@ -154,13 +154,13 @@ class Images(Dataset):
 # %% ../nbs/07_data.ipynb #b3786c73
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}      # what needs another program to draw it
 
-@lru_cache(maxsize=None)
+@cache
 def image_suffixes() -> frozenset:
     "Suffixes, in small letters with their dot, of the picture formats that the installed Pillow reads"
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
                      if kind in Image.OPEN and kind not in NO_PICTURES)
 
-@lru_cache(maxsize=None)
+@cache
 def say_once(
     message: str,      # one line
 ) -> None:
@@ -360,7 +360,7 @@ class CelebA(FileImages):
         return image
 
 # %% ../nbs/07_data.ipynb #0065
-@lru_cache(maxsize=None)
+@cache
 def sample_photograph(
     name: str,          # file name, for example "astronaut.png"
 ) -> Image.Image:       # mode "RGB", full size

@@ -134,7 +134,7 @@ def export_onnx(
     """
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise ImportError("ONNX files need onnx and onnxscript: "
-                          "pip install 'laser[onnx]' or pip install onnx onnxscript onnxruntime")
+                          "pip install onnx onnxscript onnxruntime")
     folder, model = Path(folder), _frozen(model)
     folder.mkdir(parents=True, exist_ok=True)
     d, (batch, height, width) = model.divisor, map(torch.export.Dim, ("batch", "height", "width"))
@@ -156,7 +156,7 @@ def run_onnx(
     try: from onnxruntime import InferenceSession
     except ImportError as e:
         raise ImportError("running ONNX files needs ONNX Runtime: "
-                          "pip install 'laser[onnx]' or pip install onnxruntime") from e
+                          "pip install onnxruntime") from e
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     arrays = {n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True)}

@@ -36,7 +36,7 @@ class _Cache(FunctionCache):
         except Exception as error:
             if not _Cache.warned:
                 warnings.warn(f"Numba's cache in {self.cache_path} does not work ({type(error).__name__}: {error}), so kernels are compiled anew; "
-                              "if it goes on, empty that folder, make room, or set NUMBA_CACHE_DIR to one that can be written")
+                              "if it goes on, empty that folder, make room, or set NUMBA_CACHE_DIR to one that can be written", stacklevel=2)
             _Cache.warned = True
 
     def load_overload(self, *args): return self._attempt("load_overload", *args)
@@ -317,7 +317,7 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
 @_jit
 def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
-    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    work = np.zeros((5, max(K, S + 3)), gram.dtype)
     score, norms = work[0, :K], work[1, :K]
     for i in range(K): norms[i] = np.sqrt(gram[i, i])
     for b in range(lo, hi):
@@ -551,8 +551,8 @@ def _code(signals, dictionary, rule, tol, indices, values):
         return _plainly(signals, dictionary, rule, tol, 0.0, indices, values)
     (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol, indices, values, doubtful)
     if not doubtful.any(): return
-    again = doubtful.nonzero()[:, 0]
-    for again in again[signals[again].isfinite().all(1)].split(max(1, 2**22 // M)):
+    rows = doubtful.nonzero()[:, 0]
+    for again in rows[signals[rows].isfinite().all(1)].split(max(1, 2**22 // M)):
         k, v = indices[again], values[again]
         if lanes or dictionary.dtype == torch.float64: _plainly(signals[again], dictionary, rule, tol, 0.0, k, v)
         else: _code(signals[again], dictionary.double(), rule, tol, k, v)

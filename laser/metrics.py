@@ -174,8 +174,7 @@ class Fid:
         options = dict(normalize=False, antialias=False)      # bytes, resized as the original FID does
         try: self.metric = FrechetInceptionDistance(feature=features or 2048, **options).to(device)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install 'laser[fid]' or pip "
-                                      "install torch-fidelity") from error
+            raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install torch-fidelity") from error
         except (OSError, RuntimeError) as error:
             raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
         self.metric.orig_dtype = torch.float64      # else missing in a process that gets no images

@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import laser
-from .bottleneck import Bottleneck, Option, bottleneck_class, bottleneck_options, make_bottleneck, register, signature_options
+from .bottleneck import Bottleneck, Option, bottleneck_options, make_bottleneck, signature_options
 from .networks import Decoder, Encoder
 from .sparse_coding import SparseCode
 
@@ -268,6 +268,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         "From [-1, 1] to [0, 1]; clamped in eval mode, where a picture is wanted, not a gradient."
         x = (y + 1)/2
         return x if self.training else x.clamp(0, 1)      # [B, 3, H, W]
+
+    __call__: Callable[[torch.Tensor], ModelOutput]       # what type checkers see; nn.Module says Any
 
     def forward(self, x: torch.Tensor) -> ModelOutput:    # x [B, 3, H, W] in [0, 1]
         b = self.bottleneck(self.latents(x))              # quantized [B, D, H/f, W/f]

@@ -14,7 +14,7 @@ __all__ = ['METRICS', 'BOUNDS', 'COLUMNS', 'key', 'DataConfig', 'TrainConfig', '
 
 # %% ../nbs/10_training.ipynb #0003
 import atexit, copy, json, math, operator, os, random, re, secrets, signal, sys, threading, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -22,13 +22,12 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .bottleneck import Option
 from .checkpoints import (Checkpoints, append_row, claim, find_checkpoint, keep_rows,
                                load_training_state, read_json, rng_state, set_rng_state)
 from .data import Images, as_floats, get_dataset, make_loaders
-from .metrics import Lpips, ReconstructionMetrics, load_fid, load_lpips, psnr_of_mse, sum_over_processes
+from .metrics import Lpips, ReconstructionMetrics, psnr_of_mse, sum_over_processes
 from .models import MODELS, Autoencoder, load_pretrained, model_options
 
 # %% ../nbs/10_training.ipynb #1084976e
@@ -330,13 +329,11 @@ class Loggers:
         for name in ("metrics.csv", "steps.csv"): keep_rows(self.folder/name, step)
         if config.train.tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install 'laser[tensorboard]' "
-                                                       "or pip install tensorboard") from e
+            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install tensorboard") from e
             self.board = SummaryWriter(self.folder/"tensorboard", purge_step=step or None)
         if config.wandb.enabled:
             try: import wandb
-            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install 'laser[wandb]' "
-                                                       "or pip install wandb") from e
+            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install wandb") from e
             w = config.wandb
             if os.environ.get("WANDB_MODE") == "": del os.environ["WANDB_MODE"]   # set but empty: W&B takes it for a mode
             self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity, dir=w.save_dir or str(self.folder),

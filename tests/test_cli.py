@@ -401,8 +401,8 @@ def test_the_module_is_light_and_threads_do_not_spin(tmp_path):
     code = "import sys, laser.cli; print([m for m in ('torch', 'hydra', 'lightning', 'matplotlib', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     code = "import os, sys, laser.cli\ntry: laser.cli.compare()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'))"
-    for given, wanted in (({}, "10000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None")):
-        env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    for setting, wanted in (({}, "10000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None")):
+        env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | setting
         result = subprocess.run([sys.executable, "-c", code, "--nothing"], capture_output=True, text=True, env=env, cwd=tmp_path)
         assert result.stdout.strip() == wanted, result.stderr
 

@@ -23,7 +23,7 @@ def test_a_hundred_steps_stay_finite(kind, dtype, images):
     model = make_model(model_config(kind)(num_hiddens=16, num_residual_hiddens=8, embedding_dim=16, num_embeddings=64))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     losses = []
-    for step in range(100):
+    for _ in range(100):
         x = images[torch.randint(len(images), (4,))]
         with torch.autocast("cpu", dtype): out = model(x)
         optimizer.zero_grad()
