@@ -143,6 +143,26 @@ def test_killed_at_any_moment(model, pictures, record, tmp_path):
     for i in range(result["runs"]): assert_same_to_the_byte(tmp_path/"whole", tmp_path/f"run-{i + 1}")
 
 
+def test_a_folder_deleted_under_way(pictures, tmp_path):
+    """An error that says so; the same command then starts anew, or goes on, to the same end."""
+    slow = RUN.replace("max_epochs=2", "max_epochs=500")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path/"run"), "vqvae", str(pictures), "0", "resume"],
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.time() + 600
+        while not (tmp_path/"run"/"metrics.csv").exists() and time.time() < deadline and process.poll() is None: time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+        (tmp_path/"run").rename(tmp_path/"moved")                              # at once, as a deletion is not
+        err = process.communicate(timeout=600)[1]
+    finally: process.kill()
+    assert process.returncode != 0 and str(tmp_path/"run") in err and "is gone, deleted or moved" in err, err
+    shutil.rmtree(tmp_path/"moved"), shutil.rmtree(tmp_path/"run", ignore_errors=True)
+    for run in ("run", "whole"):
+        again = start(tmp_path/run, "vqvae", pictures, resume=True)
+        assert again.returncode == 0, again.stderr
+    assert_same_to_the_byte(tmp_path/"whole", tmp_path/"run")
+
+
 GROWTH = """
 import laser.training
 end_epoch = laser.training.end_epoch
