@@ -132,7 +132,7 @@ class ScalarQuantizer(Bottleneck):
         self.log_scale = nn.Parameter(torch.zeros(self.signal_dim))
 
     @property
-    def step(self) -> float:
+    def level_width(self) -> float:
         "Width of a level."
         return rate.STEP_RATIO * math.sqrt(self.rate_weight)
 
@@ -144,21 +144,21 @@ class ScalarQuantizer(Bottleneck):
 
     def encode_signals(self, signals: Tensor) -> Tensor:
         "Signals [N, M] to levels [N, M], the nearest or the one before it, whichever costs less; 0 is max_level."
-        x = signals.detach() / self.step
+        x = signals.detach() / self.level_width
         nearest = x.round().clamp(-self.max_level, self.max_level)
         smaller = nearest - nearest.sign()
         if len(self.rate_points) and not self.training:
             table = self.symbol_bits().view(self.signal_dim, -1).to(x)
             bits = lambda level: table.gather(1, (level + self.max_level).long().T).T
         else: bits = self.prior_bits
-        cost = lambda level: (self.step * (x - level)).square() + self.rate_weight * bits(level)
+        cost = lambda level: (self.level_width * (x - level)).square() + self.rate_weight * bits(level)
         return torch.where(cost(smaller) < cost(nearest), smaller, nearest).long() + self.max_level
 
-    def decode_signals(self, codes: Tensor) -> Tensor: return (codes - self.max_level) * self.step
+    def decode_signals(self, codes: Tensor) -> Tensor: return (codes - self.max_level) * self.level_width
 
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
         "lambda times the bits of noisy levels, as squared errors are: over the numbers of a signal."
-        levels = signals / self.step + torch.rand_like(signals) - 0.5 if self.training else decoded / self.step
+        levels = signals / self.level_width + torch.rand_like(signals) - 0.5 if self.training else decoded / self.level_width
         return self.rate_weight * self.prior_bits(levels).mean()
 
 # %% ../nbs/04_more_bottlenecks.ipynb #a8544b9d
