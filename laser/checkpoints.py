@@ -8,7 +8,7 @@ __all__ = ['WRITE_ERRORS', 'INDEX', 'STEP_NAME', 'flush_to_disk', 'remove', 'wri
            'load_training_state', 'append_row', 'keep_rows']
 
 # %% ../nbs/09_checkpoints.ipynb #0003
-import errno, json, math, os, random, re, shutil, tempfile, time, zipfile
+import errno, json, math, os, pickle, random, re, shutil, tempfile, time, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,8 +298,9 @@ def load_training_state(
         infinite = [k for k, v in state["model"].items() if v.is_floating_point() and not v.isfinite().all()]
         if infinite: raise ValueError(f"{infinite[0]} holds NaN or infinity")
     except Exception as e:
-        raise ValueError(f"{path} is damaged, or of another model ({str(e).splitlines()[0] if str(e) else type(e).__name__}): resume from another "
-                         f"checkpoint of the run, by its name") from e
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if isinstance(e, pickle.UnpicklingError): why = "it holds something other than numbers and tensors"  # torch advises to run it
+        raise ValueError(f"{path} is damaged, or of another model ({why}): resume from another checkpoint of the run, by its name") from e
     differs = weight_differences({k: v.shape for k, v in ours.items()}, theirs)
     if differs: raise ValueError(f"{folder} is a checkpoint of another model than the one configured, a {model.bottleneck.name!r} model. Weights {differs}")
     model.load_state_dict(state["model"])
@@ -329,7 +330,8 @@ def keep_rows(
     with open(path, "rb") as f:
         columns = f.readline(1 << 16).decode("utf-8", "replace").strip().split(",")
         if columns == [""]: return remove(path)                # killed before its header was written
-        if "step" not in columns: raise ValueError(f"{path} is damaged (its first line names no column step): move it away, then resume")
+        if "step" not in columns or not all(map(str.isidentifier, columns)):
+            raise ValueError(f"{path} is damaged (its first line is not names of columns, step among them): move it away, then resume")
         with write_beside(path) as new, open(new, "w", newline="", encoding="utf-8") as out:
             out.write(",".join(columns) + "\n")
             for line in iter(lambda: f.readline(1 << 16), b""):

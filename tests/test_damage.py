@@ -192,6 +192,6 @@ def test_damaged_and_forged_files(name, trained, record, tmp_path, monkeypatch):
             try:
                 found = READERS[name](folder, run)
                 assert right is None or forged or same(found, right)
-            except (ValueError, OSError) as error: assert str(folder) in str(error), repr(error)
+            except (ValueError, OSError) as error: assert str(folder) in str(error) and "weights_only" not in str(error), repr(error)
     assert not list(tmp_path.rglob("executed")) and {p.name for p in tmp_path.iterdir()} == {"run"}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6 * (1e3 if sys.platform == "darwin" else 1)   # 1 GB

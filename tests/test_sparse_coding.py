@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
 
@@ -118,7 +118,7 @@ def test_no_worse_than_the_reference(X, D, S, method, backend):
 @holds()
 def test_batch_equals_one_by_one(X, D, S, method, backend):
     """The code of a signal does not depend on its company, except where rounding decides a near-tie."""
-    assume(len(X))
+    if not len(X): return
     code = batch_omp(X, D, S, method=method, backend=backend)
     single = [batch_omp(x[None], D, S, method=method, backend=backend) for x in X]
     errors = torch.cat([squared_error(c, x[None], D) for c, x in zip(single, X)])
@@ -135,7 +135,7 @@ def test_order_scale_and_threads_change_nothing(X, D, S, method, backend):
     code = batch_omp(many, D, S, method=method, backend=backend)
     scaled = batch_omp(many / 4, D, S, method=method, backend=backend)
     same = (scaled.indices == code.indices).all(1, keepdim=True)
-    assert ((4 * scaled.values - code.values).abs() * same <= 1e-3 * many.norm(dim=1, keepdim=True)).all()
+    assert ((4 * scaled.values - code.values).abs() * same <= 1e-3 * many.double().norm(dim=1, keepdim=True)).all()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
