@@ -253,13 +253,13 @@ def _tame(x):
 # %% ../nbs/03_bottleneck.ipynb #8df3f0b9
 class _State(nn.Module):
     "First placing, seeded draws and usage."
+    inits = ("kmeans", "data", "random")   # how entries may be placed
 
     def __init__(self, num_entries, init, revive_below, seed, usage_decay):
         super().__init__()
         if num_entries < 1: raise ValueError(f"a bottleneck needs at least 1 entry, got {num_entries}")
         if not 0 <= revive_below < 1: raise ValueError(f"revive_below must be from 0 to below 1, got {revive_below}")
-        if init not in ("kmeans", "data", "random"):
-            raise ValueError(f"init must be 'kmeans', 'data' or 'random', got {init!r}")
+        if init not in self.inits: raise ValueError(f"init must be one of {', '.join(self.inits)}, got {init!r}")
         self.num_entries, self.init, self.revive_below, self.seed = num_entries, init, revive_below, seed
         self.usage_decay = usage_decay
         self.register_buffer("ema_counts", torch.ones(num_entries))         # running mean of uses per batch
@@ -383,6 +383,7 @@ class Bottleneck(_Alphabet, _State):
     """
     name: str | None = None                          # registered name
     later_buffers = ("rate_points", "table_counts")  # that folders of version 0.1 do not have
+    rebuilt_buffers = ()                             # averages that a file may leave out, since only training needs them
     __call__: Callable[..., BottleneckOutput]
 
     def __init__(
@@ -801,7 +802,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         step: float | None = None,  # width of a coefficient's level where bits count; None: 2.3 * sqrt(rate_weight)
         max_level: int = 63,  # largest level where bits count
         coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms; 0: off
-        init: str = "data",  # first atoms: data or kmeans (of the first training batch) or random
+        init: str = "data",  # first atoms: data, kmeans or pca (of the first training batch) or random
         revive_below: float | None = None,  # an atom used less than this part of an equal share is revived; None: 0.3, 0.01 where bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
@@ -819,6 +820,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         self.register_parameter("dictionary", nn.Parameter(normalize_atoms(start)))
 
     later_buffers = (*Bottleneck.later_buffers, "level_counts")
+    inits = (*Bottleneck.inits, "pca")
 
     @property
     def dictionary(self) -> Tensor:
@@ -900,10 +902,17 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         self._placed()
 
     def initialize(self, signals: Tensor) -> None:
-        "Atoms from the first training batch: directions of signals, or of the centres of their directions."
+        "Atoms from the first training batch: directions of signals, or centres of these; with pca its principal axes come first."
+        axes, init = signals[:0], self.init
+        if init == "pca":
+            moments = _over_processes((signals.T @ signals).double())
+            axes = torch.linalg.eigh(moments)[1].flip(1).T[:self.num_embeddings].to(signals)
+            main = axes[:len(axes) // 4]
+            signals, init = signals - signals @ main.T @ main, "data"     # directions of what a few axes leave
         norm = torch.linalg.vector_norm(signals, dim=1, keepdim=True)
-        rows = first_rows(torch.where(norm > 0, signals / norm, 0), self.num_embeddings, self.init, self._generator())
-        self.set_dictionary(rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3].T)   # a zero signal has no direction
+        rows = first_rows(torch.where(norm > 0, signals / norm, 0), self.num_embeddings - len(axes), init, self._generator())
+        rows = rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3]         # a zero signal has no direction
+        self.set_dictionary(torch.cat([axes, rows]).T)
 
     def _track_limits(self, code):
         "The largest coefficient of each slot: up at once, down by a hundredth of the difference a batch."

@@ -47,9 +47,9 @@ def neighbours(
     half = SPACING >> (number - 1) // 2 + 1
     return [(a * half, b * half) for a, b in (DIAGONAL if number % 2 else STRAIGHT)]
 
-# %% ../nbs/17_context.ipynb #0012
-class _Network(nn.Module):
-    "The context model while it is trained, in floating point. Codes come as signals [B, h, w, M] and symbols [B, h * w, T]."
+# %% ../nbs/17_context.ipynb #267059c5
+class _Neighbourhood(nn.Module):
+    "What the neighbours of a code say, in floating point: the first two layers, and all weights of the network."
     def __init__(self, bottleneck, signals, hidden, features):
         super().__init__()
         counts = bottleneck.table_counts.double().cpu()
@@ -58,7 +58,9 @@ class _Network(nn.Module):
         features = min(features, M)
         self.scale = float(1 / flat.std().clamp_min(1e-12))
         self.project = nn.Linear(M, features)
-        with torch.no_grad(): self.project.weight.copy_(torch.pca_lowrank(flat * self.scale, q=features, niter=4)[2].T), self.project.bias.zero_()
+        with torch.no_grad():
+            self.project.weight.copy_(torch.pca_lowrank(flat * self.scale, q=features, niter=4)[2].T)
+            self.project.bias.zero_()
         self.first = nn.ModuleList(nn.Linear(12 * (features + 1), hidden) for _ in range(7))
         self.mid = nn.Linear(hidden, hidden)
         self.symbol = nn.Parameter(torch.randn(N, hidden) * 0.05)
@@ -68,7 +70,7 @@ class _Network(nn.Module):
         self.bias = nn.Parameter(torch.cat(logs, 1).float())
 
     def known(self, signals):
-        "Features of all codes [B, h, w, M] -> of the neighbours of each, through the first two layers [B, h * w, hidden]."
+        "Signals of all codes [B, h, w, M] -> neighbours of each, through the first two layers [B, h * w, hidden]."
         B, h, w, _ = signals.shape
         z = F.pad(F.pad(self.project(signals * self.scale), (0, 1), value=1.0), (0, 0, *[REACH] * 4))
         u = z.new_zeros(B, h * w, self.mid.out_features)
@@ -76,10 +78,14 @@ class _Network(nn.Module):
         for number, layer in enumerate(self.first):
             rows = (order == number).nonzero()[:, 0]
             i, j = rows // w + REACH, rows % w + REACH
-            x = torch.cat([z[:, i + a, j + b] for a, b in neighbours(number)], -1) if number else z.new_zeros(B, len(i), layer.in_features)
+            x = z.new_zeros(B, len(i), layer.in_features)
+            if number: x = torch.cat([z[:, i + a, j + b] for a, b in neighbours(number)], -1)
             u[:, rows] = layer(x)
         return self.mid(F.relu(u)).flatten(0, 1)
 
+# %% ../nbs/17_context.ipynb #0012
+class _Network(_Neighbourhood):
+    "The context model in training, in floating point. Codes come as signals [B, h, w, M] and symbols [B, h * w, T]."
     def forward(self, bottleneck, signals, symbols, point):
         "Bits of these codes [B * h * w], differentiable; `point` is the rate point that they are of."
         u, own = self.known(signals), symbols.flatten(0, 1)
@@ -90,20 +96,24 @@ class _Network(nn.Module):
             here = tables.clamp_min(0)
             v, small = F.relu(u + self.table[point][here]), sizes[here] <= 32
             groups = [(tables == k).nonzero()[:, 0] for k in tables[(tables >= 0) & ~small].unique()]
-            for rows in [*groups, ((tables >= 0) & small).nonzero()[:, 0]]:      # a large table at a time; all small ones at once
+            for rows in [*groups, ((tables >= 0) & small).nonzero()[:, 0]]:  # each large table; all small ones at once
                 if not len(rows): continue
                 size, first = sizes[tables[rows]], starts[tables[rows]]
-                if len(rows) and size[0] > 32: scores = v[rows] @ self.out[first[0]:first[0] + size[0]].T + self.bias[point, first[0]:first[0] + size[0]]
+                if size[0] > 32:
+                    own_table = slice(first[0], first[0] + size[0])
+                    scores = v[rows] @ self.out[own_table].T + self.bias[point, own_table]
                 else:
                     k = torch.arange(int(size.max()))
                     places = first[:, None] + torch.minimum(k, size[:, None] - 1)
-                    scores = (torch.einsum("nh,nkh->nk", v[rows], self.out[places]) + self.bias[point][places]).masked_fill(k >= size[:, None], -torch.inf)
+                    scores = torch.einsum("nh,nkh->nk", v[rows], self.out[places]) + self.bias[point][places]
+                    scores = scores.masked_fill(k >= size[:, None], -torch.inf)
                 bits = bits.index_add(0, rows, F.cross_entropy(scores, own[rows, t], reduction="none"))
-            u = u + torch.where((tables >= 0)[:, None], self.symbol[torch.where(tables >= 0, starts[here] + own[:, t], 0)], 0)
+            chosen = torch.where(tables >= 0, starts[here] + own[:, t], 0)
+            u = u + torch.where((tables >= 0)[:, None], self.symbol[chosen], 0)
         return bits / math.log(2)
 
 # %% ../nbs/17_context.ipynb #0014
-INPUT, ACTIVATION, WEIGHT, SCORE = 6, 10, 12, 8  # fractional bits of signals, activations, weights, and scores (in nats)
+INPUT, ACTIVATION, WEIGHT, SCORE = 6, 10, 12, 8  # fractional bits of signals, activations, weights, scores (in nats)
 LIMIT = 2**20  # of an activation
 EXPONENTIAL = np.array([round(2**22 * math.exp(-i / 2**SCORE)) for i in range(16 << SCORE)], np.int64)
 
@@ -127,7 +137,8 @@ class ContextModel(nn.Module):
         return cls(dict(
             scale=torch.tensor(network.scale, dtype=torch.float64),
             project=weight(network.project.weight.T), project_bias=sums(network.project.bias, INPUT + WEIGHT),
-            first=weight(torch.stack([layer.weight.T for layer in first])), first_bias=sums(torch.stack([layer.bias for layer in first]), ACTIVATION + WEIGHT),
+            first=weight(torch.stack([layer.weight.T for layer in first])),
+            first_bias=sums(torch.stack([layer.bias for layer in first]), ACTIVATION + WEIGHT),
             mid=weight(network.mid.weight.T), mid_bias=sums(network.mid.bias, ACTIVATION + WEIGHT),
             symbol=activation(network.symbol), table=activation(network.table),
             out=weight(network.out), out_bias=sums(network.bias, ACTIVATION + WEIGHT)))
@@ -169,7 +180,8 @@ class ContextTables(FixedTables):
         if self.new is not None:
             i, j = self.new // width + REACH, self.new % width + REACH
             self.features[i, j, :-1], self.features[i, j, -1] = self.look(values[self.new]), 2**ACTIVATION
-        parts = [self.around(part, self.order[rows[0]], width) for part in np.split(rows, range(TOGETHER, len(rows), TOGETHER))]
+        parts = np.split(rows, range(TOGETHER, len(rows), TOGETHER))
+        parts = [self.around(part, self.order[rows[0]], width) for part in parts]
         self.known, self.new = np.concatenate(parts), rows
 
     def around(self, rows, number, width):
@@ -188,17 +200,19 @@ class ContextTables(FixedTables):
         torch.set_default_dtype(torch.float64)                               # some bottlenecks divide integers
         try: signals = self.exact.decode_signals(self.exact.from_symbols(torch.from_numpy(values)))
         finally: torch.set_default_dtype(single)
-        x = signals.double().numpy() * (float(self.numbers["scale"]) * 2**INPUT) + 0.2718          # no level lies on a border
+        x = signals.double().numpy() * (float(self.numbers["scale"]) * 2**INPUT) + 0.2718  # no level lies on a border
         margin = 2**14 * torch.finfo(signals.dtype).eps * max(1.0, np.abs(x).max())
         self.certain &= bool((np.abs(x - np.round(x)) > margin).all())
         x = np.floor(x).clip(-2**15, 2**15)
-        return _layer(x, self.numbers["project"], self.numbers["project_bias"], INPUT + WEIGHT - ACTIVATION).clip(-LIMIT, LIMIT)
+        features = _layer(x, self.numbers["project"], self.numbers["project_bias"], INPUT + WEIGHT - ACTIVATION)
+        return features.clip(-LIMIT, LIMIT)
 
     def table(self, table: int, rows: np.ndarray, path: np.ndarray) -> np.ndarray:
         "Frequencies [n, K] of the next symbol of the codes `rows` of the group, one row for each."
         n, places = self.numbers, slice(self.starts[table], self.starts[table + 1])
         v = (self.known[rows] + n["table"][self.point, table] + n["symbol"][path].sum(1)).clip(0, LIMIT)
-        scores = _layer(v, n["out"][places].T, n["out_bias"][self.point, places], ACTIVATION + WEIGHT - SCORE).astype(np.int64)
+        scores = _layer(v, n["out"][places].T, n["out_bias"][self.point, places], ACTIVATION + WEIGHT - SCORE)
+        scores = scores.astype(np.int64)
         return frequencies(EXPONENTIAL[np.minimum(scores.max(1, keepdims=True) - scores, len(EXPONENTIAL) - 1)])
 
 # %% ../nbs/17_context.ipynb #0020
@@ -221,7 +235,9 @@ def fit_context(
     bottleneck.rate_weight, (h, w) = points[0], codes[0][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        signals = lambda values: bottleneck.decode_signals(bottleneck.from_symbols(values.flatten(0, 1))).detach().float().view(len(values), h, w, -1)
+        def signals(values):
+            decoded = bottleneck.decode_signals(bottleneck.from_symbols(values.flatten(0, 1)))
+            return decoded.detach().float().view(len(values), h, w, -1)
         network = _Network(bottleneck, signals(codes[0][0][:max(1, 20_000 // (h * w))]), hidden, features)
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -245,7 +261,8 @@ def _values(model, images, rate_weight):
         found = []
         for x in [images] if torch.is_tensor(images) else images:
             h, w = x.shape[-2] // model.divisor, x.shape[-1] // model.divisor
-            found.append(bottleneck.symbols(model.encode(x.to(bottleneck.table_counts.device)))[0].cpu().view(len(x), h * w, -1))
+            symbols, _ = bottleneck.symbols(model.encode(x.to(bottleneck.table_counts.device)))
+            found.append(symbols.cpu().view(len(x), h * w, -1))
     finally:
         bottleneck.rate_weight = weight
         model.train(training)
@@ -261,4 +278,5 @@ def context_bits(
     bottleneck, (B, h, w) = model.bottleneck, model.bottleneck._flat(codes)[1]
     tables = model.context.tables(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy().reshape(B, h * w, -1)
-    return torch.tensor([walk(bottleneck, tables, h, w, lambda rows, t, f, own=own: own[rows, t])[1] for own in values], dtype=torch.float64)
+    bits = [walk(bottleneck, tables, h, w, lambda rows, t, f, own=own: own[rows, t])[1] for own in values]
+    return torch.tensor(bits, dtype=torch.float64)

@@ -52,7 +52,7 @@ def _least(x):
 # %% ../nbs/34_kernels_search.ipynb #c3bebb6e
 @_jit
 def _expand(c, bound, base, gained, entry_price, level_price, step, parent, costs, parents, picks, levels):
-    "Offer all continuations of a hypothesis of cost `base`, whose residual has the products c with the entries of this stage."
+    "Offer the continuations of a hypothesis of cost `base`; c are the products of its residual with the entries."
     last, most = len(costs) - 1, level_price.shape[1] // 2
     if gained:
         for k in range(len(c)): bound[k] = entry_price[k] - c[k] * c[k]
@@ -82,7 +82,7 @@ def _subtract(c, g, row):
 # %% ../nbs/34_kernels_search.ipynb #52fd0677
 @_jit
 def _requantize(t, products, gram, gained, support, level, gain, along, level_price, step):
-    "Atom t is new: choose the gains again, one after the other, each with the others as they are; what that adds to the cost."
+    "Atom t is new: choose the gains again, one by one, the others as they are; what that adds to the cost."
     most, change, new = level_price.shape[1] // 2, 0.0, support[t]
     along[t] = products[new] - gain[t]
     for j in range(t):
@@ -111,7 +111,7 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
     support, new_support = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     level, new_level = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     gain, new_gain = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)
-    along, new_along = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)   # products of the residual with the chosen atoms
+    along, new_along = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)   # residual times chosen atoms
     cost, costs = np.zeros(beam, dtype), np.empty(beam, dtype)
     parents, picks, steps = np.empty(beam, np.int64), np.empty(beam, np.int64), np.empty(beam, np.int64)
     gains = gained.any()
@@ -135,15 +135,18 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
                 for s in range(t):
                     new_support[i, s], new_level[i, s] = support[b, s], level[b, s]
                     new_gain[i, s], new_along[i, s] = gain[b, s], along[b, s]
-                new_support[i, t], new_level[i, t], new_gain[i, t] = a, steps[i], steps[i] * step if gained[t] else 1
+                new_support[i, t], new_level[i, t] = a, steps[i]
+                new_gain[i, t] = steps[i] * step if gained[t] else 1
                 cost[i] = costs[i]
-                if gains: cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i],
-                                                 new_along[i], level_price, step)
+                if gains:
+                    cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i],
+                                           new_along[i], level_price, step)
                 live += 1
                 closed = cost[i] + (go_price[a, 1] if t + 1 < T else 0)
                 if closed < best and (t + 1 == depth or not whole):
                     best, better = closed, True
-                    for s in range(t + 1): indices[n, s], levels[n, s] = new_support[i, s] - first[s], new_level[i, s]
+                    for s in range(t + 1):
+                        indices[n, s], levels[n, s] = new_support[i, s] - first[s], new_level[i, s]
             support, new_support, level, new_level = new_support, support, new_level, level
             gain, new_gain, along, new_along = new_gain, gain, new_along, along
             if not (better or whole): break
@@ -156,14 +159,14 @@ def search_numba(
     first: list[int],  # [T] the row where each stage's dictionary begins; it has K entries
     gained: list[bool],  # [T] has the stage a coded gain? Then its entries have unit norm
     entry_price: Tensor,  # [T, K] price of each entry, in squared error
-    level_price: Tensor,  # [A, 2 * max_level + 1] price of each level of each entry's gain; the middle one is not asked
-    go_price: Tensor,  # [A + 1, 2] price of going on (0) and stopping (1) after an entry, or before the first (last row)
+    level_price: Tensor,  # [A, 2 * max_level + 1] price of each level of each entry's gain; level 0 is not asked
+    go_price: Tensor,  # [A + 1, 2] price of going on (0) and stopping (1) after an entry; last row: before the first
     step: float,  # width of a level
     beam: int = 1,  # hypotheses kept
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
 ) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 where there is none
-    "The search of `laser.more_bottlenecks.residual_search`, same results but for ties of float rounding, in compiled code."
+    "`laser.more_bottlenecks.residual_search` in compiled code: the same results but for ties of float rounding."
     T, K = entry_price.shape
     squares = gram.diagonal()
     own = torch.stack([p if g else p + squares[f:f + K] for p, f, g in zip(entry_price, first, gained)])

@@ -32,7 +32,7 @@ __all__ = ['COLORS', 'WORDS', 'STYLE', 'color_of', 'colors_of', 'plain', 'set_fi
 COLORS = {
     "original": "#000000", "vq": "#0077BB", "dl": "#CC3311",
     "rvq": "#009988", "gsvq": "#EE7733", "pq": "#33BBEE", "fsq": "#EE3377", "simvq": "#332288", "rotation": "#9988DD",
-    "none": "#777777", "ormp": "#882211", "mp": "#DDAA33",
+    "scalar": "#CCBB44", "none": "#777777", "ormp": "#882211", "mp": "#DDAA33",
     "jpeg": "#999933", "webp": "#115522", "avif": "#AA4499",
     "neutral": "#BBBBBB",
 }
@@ -40,7 +40,7 @@ COLORS = {
 # %% ../nbs/13_plots.ipynb #ea7553e0
 WORDS = {  # word in a name -> method; the first that occurs decides
     "rotation": "rotation", "simvq": "simvq", "gsvq": "gsvq", "gain": "gsvq", "rvq": "rvq", "residual": "rvq",
-    "pq": "pq", "product": "pq", "grouped": "pq", "fsq": "fsq", "original": "mp", "mp": "mp", "ormp": "ormp",
+    "pq": "pq", "product": "pq", "grouped": "pq", "fsq": "fsq", "scalar": "scalar", "original": "mp", "mp": "mp", "ormp": "ormp",
     "dl": "dl", "omp": "dl", "dictionary": "dl", "vq": "vq", "codebook": "vq", "ae": "none", "none": "none",
     "jpeg": "jpeg", "webp": "webp", "avif": "avif",
 }

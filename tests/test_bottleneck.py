@@ -116,7 +116,7 @@ def test_a_bottleneck_of_ones_own_is_saved_by_name_and_loaded(tmp_path):
     BOTTLENECKS["test-lists"] = name
 
 
-KINDS = dict(vq=dict(rate_weight=0.01), dl=dict(coefficient_bits=6), simvq={}, fsq={}, pq={}, none={},
+KINDS = dict(vq=dict(rate_weight=0.01), dl=dict(coefficient_bits=6), simvq={}, fsq={}, pq={}, none={}, scalar={},
              rvq=dict(stage_dropout=0.5), gsvq=dict(rate_weight=0.01, beam=2))
 
 
