@@ -708,7 +708,7 @@ def restore(
         if state["scaler"]: run.fabric._precision.load_state_dict(state["scaler"])
         run.at, run.watch, run.slope = Position(**state["position"]), Plateau(**state["watch"]), Plateau(**state["slope"])
         set_rng_state(state["rng"][run.fabric.global_rank % len(state["rng"])])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{checkpoint/'training.pt'} is damaged, or of another version ({e!r:.200}): resume from another checkpoint") from e
     run.checkpoints.forget_after(run.at.step)
 
