@@ -364,7 +364,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         if cls.kind is None: options.setdefault("bottleneck", name)
         try:
             with Allowance(4*sum(w.numel() for w in weights.values()) + 10_000_000): model = cls(**options)
-        except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e: raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
         if numbers := {k.removeprefix("context."): v for k, v in weights.items() if k.startswith("context.")}:
             from laser.context import ContextModel
             model.context = ContextModel(numbers)
