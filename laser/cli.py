@@ -800,8 +800,8 @@ SHEET_ROWS = 16
 
 def trained_size(folder: Path) -> int:
     "Side of the training images, where the checkpoint knows it; else 128."
-    path = Path(folder)/"run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
+    from laser.training import stored_config
+    return stored_config(folder).data.image_size if (Path(folder)/"run.json").is_file() else 128
 
 # %% ../nbs/15_cli.ipynb #0093
 @command(Reconstruct, ("checkpoint", "images"), without_model("images"))
