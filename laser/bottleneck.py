@@ -436,6 +436,11 @@ class Bottleneck(_Alphabet, _State):
         "Nominal bits of one code, the most it takes without a probability table; one code covers p x p latents."
         return sum(map(rate.nominal_bits, self.table_sizes()))
 
+    @property
+    def candidates(self) -> int:
+        "How many entries or atoms are compared with a signal to find its code, at most."
+        return self.num_embeddings * math.prod(self.code_shape)
+
     def forward(self, z: Tensor) -> BottleneckOutput:
         "Latents [B, C, *spatial] to `BottleneckOutput`; float32 inside, also under autocast."
         if self.training and torch.compiler.is_compiling():    # numbers of Python that change with each batch would compile anew
@@ -940,6 +945,9 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
         if self.rate_weight:                                    # at the price of its former self a new atom would never be chosen
             self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0), self.level_counts[atoms])
+
+    @property
+    def candidates(self) -> int: return self.num_embeddings * self.sparsity_level
 
     def bits_per_code(self) -> int:
         """S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous, or, where bits count, the

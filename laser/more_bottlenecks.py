@@ -35,6 +35,7 @@ class NoBottleneck(Bottleneck):
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals.new_zeros(())
     def code_entries(self, codes: Tensor) -> Tensor: return codes.new_zeros(len(codes), dtype=torch.int64)
     def bits_per_code(self) -> int: return 32 * self.embedding_dim
+    candidates = 0
 
     def table_sizes(self) -> list[int]:
         raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or "
@@ -103,6 +104,8 @@ class FSQ(Bottleneck):
         super().__init__(math.prod(sizes), embedding_dim, patch_size=patch_size)
         self.levels, self.rounding = levels, Rounding(sizes, dim=self.signal_dim)
 
+    candidates = 0                                                              # it rounds
+
     def encode_signals(self, signals: Tensor) -> Tensor: return self.rounding(signals.detach()[None])[1][0].long()
     def decode_signals(self, codes: Tensor) -> Tensor: return self.rounding.indices_to_codes(codes[None])[0]
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals.new_zeros(())
@@ -130,6 +133,8 @@ class ScalarQuantizer(Bottleneck):
         if not rate_weight > 0: raise ValueError(f"rate_weight must be positive, got {rate_weight}")
         self.rate_weight, self.max_level, self.code_shape = rate_weight, max_level, (self.signal_dim,)
         self.log_scale = nn.Parameter(torch.zeros(self.signal_dim))
+
+    candidates = 0                                                              # it rounds
 
     @property
     def level_width(self) -> float:
@@ -435,6 +440,8 @@ class ResidualVQ(_Chain, Bottleneck):
     def _codes(self, indices, levels): return indices
     def _parts(self, codes): return codes, torch.zeros_like(codes)
     def _shaped(self, entries): return entries
+    @property
+    def candidates(self) -> int: return self.num_embeddings * (1 + (self.depth - 1) * self.beam)
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each stage, and a bit for each flag where depth is chosen."
         return self.num_quantizers * (rate.nominal_bits(self.num_embeddings) + bool(self.rate_weight))
