@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections import Counter, namedtuple
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -276,7 +277,7 @@ def _rate_weight(bottleneck, number, data):
 def codes_to_streams(
     model,                   # an Autoencoder with fitted tables
     codes,                   # over [B, h, w], as `model.encode` gives them
-    size: tuple[int, int],   # true height and width of the images, in pixels
+    size: Sequence[int],     # true height and width of the images, in pixels
 ) -> list[bytes]:
     "One stream for each image. `ValueError` without tables or a finite alphabet: it says what to set."
     bottleneck, (h, w) = model.bottleneck, grid_of(model, size)
@@ -299,7 +300,7 @@ def codes_to_streams(
 # %% ../nbs/11_codec.ipynb #0040
 def grid_of(
     model,                   # an Autoencoder
-    size: tuple[int, int],   # height and width of an image
+    size: Sequence[int],     # height and width of an image
 ) -> tuple[int, int]:
     "Rows and columns of its codes: sides that the model's divisor does not divide are padded."
     return tuple(-(-side // model.divisor) for side in size)
