@@ -154,7 +154,7 @@ def context_gain(
     test: list[Tensor],  # batches of held-out images
     settings: list[dict],  # as of `rate_curve`, each with a rate weight of its own
     name: str = "",
-    steps: int = 1200,  # of training the context model
+    steps: int = 1000,  # of training the context model
 ) -> pd.DataFrame:  # of `rate_curve`, without bpp_ideal, with bpp_context (coded) beside bpp
     "Bits and error of every image at every setting, with tables alone and with a context model."
     from laser.context import fit_context
