@@ -7,12 +7,12 @@ __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'g
            'nearest', 'renamed', 'Line', 'read_words', 'check_keys', 'path_keys', 'make_absolute', 'quoted',
            'overrides', 'default_of', 'key_lines', 'help_text', 'fail', 'check_writable', 'load_plugins', 'read_line',
            'register', 'as_settings', 'with_recipe', 'run_command', 'command', 'Train', 'several', 'prepare_training',
-           'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'left_out', 'write_results', 'rate',
-           'display_name', 'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate', 'find_models',
-           'data_of', 'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown',
-           'brightest', 'sheet_figure', 'thumbnail', 'trained_size', 'reconstruct', 'OneModel', 'one_model', 'convert',
-           'Compress', 'compress', 'Decompress', 'decompress', 'Encode', 'encode', 'Compare', 'own_keys', 'compare',
-           'Benchmark', 'benchmark']
+           'kind_of', 'where_data_lie', 'changed', 'stored_job', 'plan_runs', 'versions', 'left_out', 'write_results',
+           'rate', 'display_name', 'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate',
+           'find_models', 'data_of', 'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names',
+           'shown', 'brightest', 'sheet_figure', 'thumbnail', 'trained_size', 'reconstruct', 'OneModel', 'one_model',
+           'convert', 'Compress', 'compress', 'Decompress', 'decompress', 'Encode', 'encode', 'Compare', 'own_keys',
+           'compare', 'Benchmark', 'benchmark']
 
 # %% ../nbs/15_cli.ipynb #0003
 import difflib, json, math, os, re, sys, tempfile, warnings
@@ -447,11 +447,20 @@ def changed(stored, given: Train, typed: dict):
         elif hasattr(part, name): setattr(stored, group, replace(part, **{name: getattr(getattr(given, group), name)}))
     return stored
 
+# %% ../nbs/15_cli.ipynb #6c18fd5f
+def stored_job(place: str | Path) -> list:
+    "The configurations of a job of several models, none of one run; `ValueError` names a damaged file."
+    from laser.training import config_from_dict
+    path = Path(place)/"job.json"
+    try: return [config_from_dict(v) for v in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged, or of another version ({e}): name one of the runs beside it") from e
+
 # %% ../nbs/15_cli.ipynb #c6381637
 def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
     "Which runs to make, in order."
     from laser.checkpoints import find_checkpoint
-    from laser.training import Config, config_from_dict, model_config, stored_config
+    from laser.training import Config, model_config, stored_config
     folder, names = Path(c.output_dir), c.model.type.split(",")
     if not c.train.resume:
         base = Config(c.model, c.data, c.train, c.wandb, c.checkpoint, c.seed, str(folder))
@@ -467,8 +476,8 @@ def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
         config = changed(stored_config(checkpoint), c, typed)
         return Path(config.output_dir), [(config, checkpoint)]
     runs = []
-    for values in json.loads((place/"job.json").read_text(encoding="utf-8")):
-        config = replace(changed(config_from_dict(values), c, typed), output_dir=str(place/values["model"]["type"]))
+    for stored in stored_job(place):
+        config = replace(changed(stored, c, typed), output_dir=str(place/stored.model.type))
         begun = (Path(config.output_dir)/"checkpoints"/"checkpoints.json").is_file()
         runs.append((config, find_checkpoint(config.output_dir) if begun else None))
     return place, runs
@@ -636,8 +645,7 @@ def find_models(places: list[str]) -> list[Path]:
     shipped, found = list_pretrained(), []
     for place in map(Path, places or shipped):
         if not place.exists() and place.name in shipped: place = SHIPPED/place.name
-        job = place/"job.json"
-        parts = [place/run["model"]["type"] for run in json.loads(job.read_text())] if job.is_file() else []
+        parts = [place/run.model.type for run in stored_job(place)]
         found += [find_checkpoint(part, "best") for part in parts or [place]]
     return found
 
