@@ -10,9 +10,9 @@ __all__ = ['RENAMED', 'GONE', 'FLAGS', 'QUICK_START', 'SHEET_ROWS', 'option', 'g
            'kind_of', 'where_data_lie', 'changed', 'plan_runs', 'versions', 'left_out', 'write_results', 'rate',
            'display_name', 'minutes_to_train', 'measured', 'comparison_figure', 'train', 'Evaluate', 'find_models',
            'data_of', 'evaluate', 'Reconstruct', 'without_model', 'margin', 'by_tiles', 'output_names', 'shown',
-           'brightest', 'sheet_figure', 'thumbnail', 'reconstruct', 'trained_size', 'OneModel', 'Compress',
-           'Decompress', 'Encode', 'one_model', 'convert', 'compress', 'decompress', 'encode', 'Compare', 'own_keys',
-           'compare', 'Benchmark', 'benchmark']
+           'brightest', 'sheet_figure', 'thumbnail', 'trained_size', 'reconstruct', 'OneModel', 'one_model', 'convert',
+           'Compress', 'compress', 'Decompress', 'decompress', 'Encode', 'encode', 'Compare', 'own_keys', 'compare',
+           'Benchmark', 'benchmark']
 
 # %% ../nbs/15_cli.ipynb #0003
 import difflib, json, math, os, re, sys, tempfile, warnings
@@ -106,7 +106,8 @@ FLAGS = {**dict.fromkeys("--help -h --hydra-help --version --resolve --run -r --
 class Line:
     "A command line, taken apart."
     flags: list[str]  # for Hydra itself
-    typed: dict       # key in full -> value as typed (paths: absolute; of several: a list); the last one counts
+    # key in full -> value as typed (paths: absolute; of several: a list); the last one counts
+    typed: dict
 
     @property
     def many(self) -> bool: return bool({"-m", "--multirun"} & {*self.flags})
@@ -174,7 +175,8 @@ def quoted(
 ) -> str:  # the same as a quoted value of an override
     "A value that Hydra takes literally, whatever characters are in it."
     from hydra.core.override_parser.types import Quote, QuotedString
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)   # a name need not be UTF-8, or on one line
+    # a name need not be UTF-8, or on one line
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return QuotedString(re.sub(r"(\\*)\$\{", r"\1\1\\${", text), Quote.double).with_quotes()
 
 def overrides(line: Line, keys: dict) -> list[str]:
@@ -201,13 +203,14 @@ def key_lines(node, prefix: str = "") -> list[str]:
         return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}{choices}".rstrip()
     return [line(f) for f in fields(node) if f.name not in ("type", "dataset") and f.default != "???"]
 
+# %% ../nbs/15_cli.ipynb #201a81fd
 def help_text(settings: type, groups: dict) -> str:
     "What a command does, its groups, and every key with its default and meaning."
     choices = [f"  {name}={'|'.join(choices)}" for name, choices in groups.items() if len(choices) > 1]
     lines = [settings.__doc__.strip(), *(["\nGroups to choose from:"] if choices else []), *choices]
     lines += ["\nKeys, their defaults and meaning (change any with key=value):", *key_lines(settings)]
     for f in (f for f in fields(settings) if f.name in groups):
-        choices, owners = groups[f.name], {}                                 # owners: line -> the models that have it
+        choices, owners = groups[f.name], {}  # owners: line -> the models that have it
         if f.name != "model": lines += key_lines(choices[f.metadata["choice"]], f"{f.name}."); continue
         for choice, node in choices.items():
             for text in key_lines(node, "model."): owners.setdefault(text, []).append(choice)
@@ -217,8 +220,9 @@ def help_text(settings: type, groups: dict) -> str:
     if "checkpoint" in (f.name for f in fields(settings)):
         from laser.models import list_pretrained
         lines += ["\nModels that come with the package, and what they reach on faces of CelebA's test partition:"]
-        lines += [f"  {name:<15} " + ", ".join(f"{r['psnr']:.1f} dB at {r['bits_per_pixel']:.2f}" for r in results) + " bits a pixel"
-                  for name, results in list_pretrained().items()]
+        for name, results in list_pretrained().items():
+            reached = ", ".join(f"{r['psnr']:.1f} dB at {r['bits_per_pixel']:.2f}" for r in results)
+            lines.append(f"  {name:<15} {reached} bits a pixel")
     lines += ["\n--cfg job shows the configuration that would be used, and stops; -m key=a,b runs with each value.",
               "output_dir=FOLDER is where results go (else outputs/COMMAND/DATE_TIME)."]
     return "\n".join(lines)
@@ -234,7 +238,8 @@ def fail(name, error, code=1):
 def check_writable(line):
     "Raise OSError if the output folder cannot be made or written."
     place = line.typed.get("hydra.sweep.dir", "multirun") if line.many else line.typed.get("hydra.run.dir", "outputs")
-    if "${" in place or not {*line.flags} <= {"-m", "--multirun"}: return    # --cfg and the like write nothing
+    # --cfg and the like write nothing
+    if "${" in place or not {*line.flags} <= {"-m", "--multirun"}: return
     try:
         os.makedirs(place, exist_ok=True)
         with tempfile.TemporaryFile(dir=place): pass
@@ -251,6 +256,7 @@ def load_plugins(words):
         sys.path.insert(0, str(path.parent) if name.endswith(".py") else os.getcwd())
         importlib.import_module(path.stem if name.endswith(".py") else name)
 
+# %% ../nbs/15_cli.ipynb #b5b99431
 def read_line(
     settings: type,       # dataclass of a command
     groups: dict,         # group -> choice -> dataclass; `prepare` may add to it
@@ -265,10 +271,12 @@ def read_line(
     make_absolute(line.typed, keys)
     if prepare: prepare(line, groups)
     if "output_dir" in line.typed and not line.many: line.typed.setdefault("hydra.run.dir", line.typed["output_dir"])
-    if os.environ.get("LOCAL_RANK", "0") != "0" and "output_dir" in line.typed:  # a process that Fabric started
+    # a process that Fabric started
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "output_dir" in line.typed:
         line.typed |= {"hydra.run.dir": line.typed["output_dir"], "hydra.output_subdir": "null"}
     return line, keys
 
+# %% ../nbs/15_cli.ipynb #dd8d496d
 def register(name, settings, groups):
     "Tell Hydra about a command: its settings, the choices of its groups, and where results go."
     from hydra.core.config_store import ConfigStore
@@ -278,10 +286,12 @@ def register(name, settings, groups):
                  job=dict(name=name, chdir=False), job_logging=dict(disable_existing_loggers=False))
     own = [("defaults", list, option(defaults, "")), ("hydra", Any, field(default_factory=lambda: hydra))]
     store.store(name=name, node=make_dataclass("Job", own, bases=(settings,)))
-    for group in ("model", "data", "train", "wandb", "checkpoint"): store.repo.pop(group, None)  # another command's
+    # another command's
+    for group in ("model", "data", "train", "wandb", "checkpoint"): store.repo.pop(group, None)
     for group, choices in groups.items():
         for choice, node in choices.items(): store.store(group=group, name=choice, node=node)
 
+# %% ../nbs/15_cli.ipynb #c46cc60f
 def as_settings(cfg, typed, keys):
     "Hydra's configuration as plain dataclasses, with each path as it was typed: Hydra cannot hold every name."
     from omegaconf import OmegaConf
@@ -304,7 +314,8 @@ def with_recipe(words: list[str]) -> list[str]:
 def run_command(name: str, settings: type, job, places: tuple, prepare, words: list[str]) -> int:
     "Read a command line, and run the job the way Hydra does."
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys(): os.environ["GOMP_SPINCOUNT"] = "10000"
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8
+    # names need not be UTF-8
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")
     try:
         load_plugins(words)
         words = with_recipe(words)
@@ -320,7 +331,8 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
         warnings.formatwarning = lambda text, *place, **rest: f"{name}: {text}\n"  # for a person, without the place
         try:
             c = as_settings(cfg, line.typed, keys)
-            sys.argv[1:] = [*words, f"output_dir={c.output_dir}"]            # what Fabric starts further processes with
+            # what Fabric starts further processes with
+            sys.argv[1:] = [*words, f"output_dir={c.output_dir}"]
             code = job(c, line.typed) or code
         except KeyboardInterrupt: code = fail(name, "interrupted", 130)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
@@ -335,6 +347,7 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
     except SystemExit as e: return e.code if isinstance(e.code, int) else int(bool(e.code))
     return code
 
+# %% ../nbs/15_cli.ipynb #9cbc241a
 def command(settings: type, places: tuple = (), prepare=None):
     "Make a job the entry point of `laser_<its name>`: called without arguments it reads the command line."
     def decorate(job):
@@ -400,7 +413,8 @@ def prepare_training(line: Line, groups: dict) -> None:
     if resume != "null":
         if not os.path.isdir(resume): raise FileNotFoundError(f"train.resume={resume} does not exist: name a run")
         run = next((p.parent for p in (Path(resume), *Path(resume).parents) if p.name == "checkpoints"), resume)
-        typed |= {"hydra.run.dir": str(run), "hydra.output_subdir": "null"}  # the record of how it began stays
+        # the record of how it began stays
+        typed |= {"hydra.run.dir": str(run), "hydra.output_subdir": "null"}
     else:
         for key in (key for key in typed if key.startswith("model.") and not {*owners(key)} & {*names}):
             raise ValueError(f"{key}: no {', '.join(names)} has this option; it belongs to {', '.join(owners(key))}")
@@ -411,6 +425,7 @@ def prepare_training(line: Line, groups: dict) -> None:
         groups["model"] = models | dict(several=several({name: models[name] for name in names}))
         line.typed["model"] = "several"
 
+# %% ../nbs/15_cli.ipynb #47628477
 def kind_of(root):
     "A folder without a word about its kind holds pictures, or CelebA."
     return "celeba" if os.path.isdir(os.path.join(root, "img_align_celeba")) else "folder"
@@ -432,6 +447,7 @@ def changed(stored, given: Train, typed: dict):
         elif hasattr(part, name): setattr(stored, group, replace(part, **{name: getattr(getattr(given, group), name)}))
     return stored
 
+# %% ../nbs/15_cli.ipynb #c6381637
 def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
     "Which runs to make, in order."
     from laser.checkpoints import find_checkpoint
@@ -446,7 +462,7 @@ def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
             return kind(**{f.name: getattr(c.model, f.name) for f in fields(kind) if f"model.{f.name}" in typed})
         return folder, [(replace(base, model=model(name), output_dir=str(folder/name)), None) for name in names]
     place = Path(c.train.resume)
-    if not (place/"job.json").is_file():                                     # one run, or one checkpoint
+    if not (place/"job.json").is_file():  # one run, or one checkpoint
         checkpoint = find_checkpoint(place)
         config = changed(stored_config(checkpoint), c, typed)
         return Path(config.output_dir), [(config, checkpoint)]
@@ -503,9 +519,10 @@ def minutes_to_train(runs, images):
     speed = training_speed({i: config.model for i, config in enumerate(configs)}, batch, rounds=2, warmup=1)
     return sum(config.train.max_epochs*len(images)/speed[i] for i, config in enumerate(configs))/60
 
+# %% ../nbs/15_cli.ipynb #f4deca92
 def measured(model, images, limit=64, batch=32):
-    """Parameters, images encoded and decoded in a second, and the bits a pixel that up to `limit` images take on disk, headers
-    and all; no bits for a model that cannot write streams."""
+    """Parameters, images encoded and decoded in a second, and the bits a pixel that up to `limit` images take on disk,
+    headers and all; no bits for a model that cannot write streams."""
     import time
     import torch
     from laser.data import as_floats
@@ -515,7 +532,8 @@ def measured(model, images, limit=64, batch=32):
         model(x)
         start = time.perf_counter()
         model(x).reconstruction.cpu()
-        about = dict(parameters=sum(p.numel() for p in model.parameters()), images_per_second=len(x)/(time.perf_counter() - start))
+        per_second = len(x)/(time.perf_counter() - start)
+    about = dict(parameters=sum(p.numel() for p in model.parameters()), images_per_second=per_second)
     try:
         for i in range(0, n, batch):
             x = images.batch(range(i, min(i + batch, n))).to(device)
@@ -523,6 +541,7 @@ def measured(model, images, limit=64, batch=32):
         return dict(about, bits_per_pixel_coded=8*size/pixels)
     except ValueError: return about
 
+# %% ../nbs/15_cli.ipynb #93635c0c
 def comparison_figure(test, dataset, models):
     "Whole photographs of the test images, and for each model (name -> model) reconstruction, error and bits."
     from laser.data import SAMPLE_SPLITS, as_floats, pixels_of, sample_photograph
@@ -531,7 +550,24 @@ def comparison_figure(test, dataset, models):
     else: x = test.batch(range(min(4, len(test))))
     pictures = {name: by_tiles(model, x) for name, model in models.items()}
     bits = {name: rate(model).replace(" (", "\n(") for name, model in models.items()}
-    return plot_reconstructions(x, pictures, bits=bits)
+    figure = plot_reconstructions(x, pictures, bits=bits)
+    figure.draw_without_rendering()  # the layout of headings with four lines needs a second pass
+    return figure
+
+# %% ../nbs/15_cli.ipynb #c37a65e5
+def _report(folder, runs, rows, models, results, datasets, test, places):
+    "Table, files and picture at the end of training."
+    from laser.training import format_table
+    first = runs[0][0]
+    size = f"{first.data.image_size}x{first.data.image_size}"
+    print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
+          f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
+    table = write_results(folder, rows, configuration=[asdict(config) for config, _ in runs], data=test.label,
+                          partition="test", crop=size, checkpoints=places, skipped=left_out(*datasets, test))
+    minutes = sum(r.seconds for r in results)/60
+    print(f"\nTrained in {minutes:.1f} minutes. Table: {table}\nCheckpoints: {', '.join(places)}")
+    comparison_figure(test, first.data.dataset, models).savefig(folder/"reconstructions.png", dpi=110)
+    print(f"Reconstructions: {folder/'reconstructions.png'}")
 
 # %% ../nbs/15_cli.ipynb #0067
 @command(Train, prepare=prepare_training)
@@ -540,11 +576,12 @@ def train(c: Train, typed: dict):
     from hydra.core.hydra_config import HydraConfig
     from laser.data import make_loaders
     from laser.models import load_pretrained
-    from laser.training import check_config, evaluation_rows, fit, format_table, make_datasets, make_fabric
+    from laser.training import check_config, evaluation_rows, fit, make_datasets, make_fabric
     folder, runs = plan_runs(c, typed)
     first = runs[0][0]
     for config, _ in runs: check_config(config)
-    *datasets, test = make_datasets(first.data, "train", "val", "test", seed=first.seed)  # before anything is written
+    # before anything is written
+    *datasets, test = make_datasets(first.data, "train", "val", "test", seed=first.seed)
     fabric = make_fabric(first.train)
     if HydraConfig.get().mode.name == "MULTIRUN" and fabric.world_size > 1:
         raise ValueError("a sweep (-m) runs in one process: set train.devices=1 train.num_nodes=1")
@@ -568,15 +605,7 @@ def train(c: Train, typed: dict):
     rows = [row for name, model in models.items() for row in evaluation_rows(name, model, loader, fabric.device)]
     if not fabric.is_global_zero: return 0
     for name, model in models.items(): next(r for r in rows if r["model"] == name).update(measured(model, test))
-    size = f"{first.data.image_size}x{first.data.image_size}"
-    print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
-          f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
-    table = write_results(folder, rows, configuration=[asdict(config) for config, _ in runs], data=test.label,
-                          partition="test", crop=size, checkpoints=places, skipped=left_out(*datasets, test))
-    minutes = sum(r.seconds for r in results)/60
-    print(f"\nTrained in {minutes:.1f} minutes. Table: {table}\nCheckpoints: {', '.join(places)}")
-    comparison_figure(test, first.data.dataset, models).savefig(folder/"reconstructions.png", dpi=110)
-    print(f"Reconstructions: {folder/'reconstructions.png'}")
+    _report(folder, runs, rows, models, results, datasets, test, places)
 
 # %% ../nbs/15_cli.ipynb #0069
 @dataclass
@@ -599,8 +628,9 @@ class Evaluate(Settings):
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
     seed: int = option(42, "of the choice that limit makes")
 
+# %% ../nbs/15_cli.ipynb #5e32f373
 def find_models(places: list[str]) -> list[Path]:
-    "The models that a list of paths and names means: the best of each run; of nothing, those that come with the package."
+    "The models that paths and names mean: the best of each run; where nothing is named, those of the package."
     from laser.checkpoints import find_checkpoint
     from laser.models import SHIPPED, list_pretrained
     shipped, found = list_pretrained(), []
@@ -634,7 +664,9 @@ def evaluate(c: Evaluate, typed: dict):
     from laser.metrics import load_fid, load_lpips
     from laser.models import SHIPPED, load_pretrained, read_config
     from laser.training import evaluation_rows, format_table, pick_accelerator
-    if not c.checkpoints: raise ValueError("name at least one checkpoint, such as laser_evaluate outputs/train/DATE_TIME, or a model of --help")
+    if not c.checkpoints:
+        raise ValueError("name at least one checkpoint, such as laser_evaluate outputs/train/DATE_TIME, "
+                         "or a model of --help")
     device, folders = pick_accelerator(c.accelerator), find_models(c.checkpoints)
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], c.data, typed)
@@ -653,8 +685,8 @@ def evaluate(c: Evaluate, typed: dict):
         rows += new
     print(f"\n{format_table(rows)}")
     table = write_results(c.output_dir, rows, configuration=asdict(c), data=images.label, partition=c.split,
-                          crop=f"centre square, {size}", models=[str(folder) for folder in folders], skipped=left_out(images),
-                          model_configurations=[read_config(folder) for folder in folders])
+                          crop=f"centre square, {size}", models=[str(folder) for folder in folders],
+                          skipped=left_out(images), model_configurations=[read_config(folder) for folder in folders])
     print(f"\nWritten to {table} and results.json")
 
 # %% ../nbs/15_cli.ipynb #0076
@@ -666,8 +698,8 @@ class Reconstruct(Settings):
   laser_reconstruct outputs/train/DATE_TIME photo.jpg       every model of the run, side by side
   laser_reconstruct CHECKPOINT FOLDER_OF_PICTURES coefficient_bits=8
   laser_reconstruct CHECKPOINT a.png b.png size=256         centre square of 256x256 instead of the whole picture"""
-    checkpoint: str = option("", "a run (the best of each model), a checkpoint, a saved model or the name of one below; "
-                                 "nothing: all below", path=True)
+    checkpoint: str = option("", "a run (the best of each model), a checkpoint, a saved model or the name of one "
+                                 "below; nothing: all below", path=True)
     images: list[str] = option([], "files and folders", path=True)
     whole: bool = option(True, "whole pictures; false: the centre square, of the training images' size")
     size: Optional[int] = option(None, "side of the centre square; null: see whole")
@@ -679,8 +711,10 @@ def without_model(files: str):  # key of the pictures; a function that changes t
     "Let the place of the model be left out."
     def prepare(line, groups):
         place = line.typed.get("checkpoint")
-        model = place and any(os.path.exists(os.path.join(place, name)) for name in ("config.json", "checkpoints", "job.json"))
-        if not place or model or not (os.path.isfile(place) or files not in line.typed and os.path.exists(place)): return
+        marks = ("config.json", "checkpoints", "job.json")
+        model = place and any(os.path.exists(os.path.join(place, name)) for name in marks)
+        if not place or model: return
+        if not (os.path.isfile(place) or files not in line.typed and os.path.exists(place)): return
         line.typed[files] = [line.typed.pop("checkpoint"), *line.typed.get(files, [])]
     return prepare
 
@@ -696,8 +730,9 @@ def margin(model) -> int | None:
             if isinstance(layer, nn.ConvTranspose2d): step //= layer.stride[0]
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)): reach += step*(layer.kernel_size[0] - 1)
             if isinstance(layer, nn.Conv2d): step *= layer.stride[0]
-    return (reach//2//model.divisor + 2)*model.divisor                       # even kernels look farther on one side
+    return (reach//2//model.divisor + 2)*model.divisor  # even kernels look farther on one side
 
+# %% ../nbs/15_cli.ipynb #c22f782b
 def by_tiles(
     model,             # an Autoencoder, put into eval mode
     x: "torch.Tensor", # [B, 3, H, W] in [0, 1], of any size
@@ -760,9 +795,15 @@ def thumbnail(x):
     small = min(1, 512/max(x.shape[-2:]))
     return interpolate(x.reshape(1, -1, *x.shape[-2:]), scale_factor=small, mode="area")[0].squeeze(0)
 
-# %% ../nbs/15_cli.ipynb #0093
+# %% ../nbs/15_cli.ipynb #31839bd1
 SHEET_ROWS = 16
 
+def trained_size(folder: Path) -> int:
+    "Side of the training images, where the checkpoint knows it; else 128."
+    from laser.training import stored_config
+    return stored_config(folder).data.image_size if (Path(folder)/"run.json").is_file() else 128
+
+# %% ../nbs/15_cli.ipynb #0093
 @command(Reconstruct, ("checkpoint", "images"), without_model("images"))
 def reconstruct(c: Reconstruct, typed: dict):
     "What `laser_reconstruct` does."
@@ -808,47 +849,15 @@ def reconstruct(c: Reconstruct, typed: dict):
         print(f"{len(rows)} of {len(files)} side by side: {Path(c.output_dir)/'sheet.png'}")
     if failed: return fail("laser_reconstruct", f"{len(failed)} of {len(files)} pictures failed; they are named above")
 
-def trained_size(folder: Path) -> int:
-    "Side of the training images, where the checkpoint knows it; else 128."
-    path = Path(folder)/"run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["data"]["image_size"] if path.is_file() else 128
-
 # %% ../nbs/15_cli.ipynb #0096
 @dataclass
 class OneModel(Settings):
-    checkpoint: str = option("dl-celeba-128", "a run of one model (its best is taken), a checkpoint, a saved model or a name below", path=True)
+    checkpoint: str = option("dl-celeba-128", "a run of one model (its best is taken), a checkpoint, a saved model "
+                             "or a name below", path=True)
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
     rate_weight: Optional[float] = option(None, "what a bit weighs against squared error; null: as the model has it")
 
-@dataclass
-class Compress(OneModel):
-    """laser_compress writes pictures as small files, photo.jpg to photo.laser.
-
-  laser_compress photo.jpg                                  with a model that comes with the package
-  laser_compress outputs/train/DATE_TIME/vqvae photo.jpg
-  laser_compress RUN FOLDER_OF_PICTURES to=small rate_weight=0.01"""
-    files: list[str] = option([], "files and folders", path=True)
-    to: Optional[str] = option(None, "folder to write into; null: beside each file", path=True)
-    overwrite: bool = option(False, "replace files that are there")
-
-@dataclass
-class Decompress(Compress):
-    """laser_decompress writes the pictures of small files, photo.laser to photo.png, with the model that made them.
-
-  laser_decompress photo.laser
-  laser_decompress outputs/train/DATE_TIME/vqvae photo.laser
-  laser_decompress RUN FOLDER to=pictures"""
-
-@dataclass
-class Encode(OneModel):
-    """laser_encode writes the codes of an image set to one file; called again, it goes on where it was interrupted.
-
-  laser_encode outputs/train/DATE_TIME/vqvae data=celeba split=train
-  laser_encode RUN data.root=FOLDER split=all file=codes.safetensors"""
-    data: Any = group("checkpoint", "which images; checkpoint: those that the model was trained on")
-    split: str = option("train", "train, val, test, or all of a folder")
-    file: Optional[str] = option(None, "where the codes go; null: codes_SPLIT.safetensors in output_dir", path=True)
-
+# %% ../nbs/15_cli.ipynb #be8a7442
 def one_model(c):
     "The model of a command that works with one."
     from laser.models import load_pretrained
@@ -860,6 +869,7 @@ def one_model(c):
         raise ValueError(f"{c.checkpoint} holds several models; name one: {names}")
     return load_pretrained(folders[0]).to(device), folders[0]
 
+# %% ../nbs/15_cli.ipynb #494a262c
 def convert(command, work, *options):
     "One line a file, what they take together, and how many failed: the exit code."
     failed = []
@@ -869,6 +879,19 @@ def convert(command, work, *options):
     if written: print(f"{len(written)} file(s), {size:,} bytes, {8*size/pixels:.4f} bits a pixel")
     if failed: return fail(command, f"{len(failed)} of {len(written) + len(failed)} files failed; they are named above")
 
+# %% ../nbs/15_cli.ipynb #5563968d
+@dataclass
+class Compress(OneModel):
+    """laser_compress writes pictures as small files, photo.jpg to photo.laser.
+
+  laser_compress photo.jpg                                  with a model that comes with the package
+  laser_compress outputs/train/DATE_TIME/vqvae photo.jpg
+  laser_compress RUN FOLDER_OF_PICTURES to=small rate_weight=0.01"""
+    files: list[str] = option([], "files and folders", path=True)
+    to: Optional[str] = option(None, "folder to write into; null: beside each file", path=True)
+    overwrite: bool = option(False, "replace files that are there")
+
+# %% ../nbs/15_cli.ipynb #155b98b5
 @command(Compress, ("checkpoint", "files"), without_model("files"))
 def compress(c: Compress, typed: dict):
     "What `laser_compress` does."
@@ -876,6 +899,16 @@ def compress(c: Compress, typed: dict):
     model, _ = one_model(c)
     return convert("laser_compress", compress_files, model, c.files, c.to, c.rate_weight, c.overwrite)
 
+# %% ../nbs/15_cli.ipynb #b07f95cf
+@dataclass
+class Decompress(Compress):
+    """laser_decompress writes the pictures of small files, photo.laser to photo.png, with the model that made them.
+
+  laser_decompress photo.laser
+  laser_decompress outputs/train/DATE_TIME/vqvae photo.laser
+  laser_decompress RUN FOLDER to=pictures"""
+
+# %% ../nbs/15_cli.ipynb #acc8843d
 @command(Decompress, ("checkpoint", "files"), without_model("files"))
 def decompress(c: Decompress, typed: dict):
     "What `laser_decompress` does."
@@ -883,6 +916,18 @@ def decompress(c: Decompress, typed: dict):
     model, _ = one_model(c)
     return convert("laser_decompress", decompress_files, model, c.files, c.to, c.overwrite)
 
+# %% ../nbs/15_cli.ipynb #6c80b987
+@dataclass
+class Encode(OneModel):
+    """laser_encode writes the codes of an image set to one file; called again, it goes on where it was interrupted.
+
+  laser_encode outputs/train/DATE_TIME/vqvae data=celeba split=train
+  laser_encode RUN data.root=FOLDER split=all file=codes.safetensors"""
+    data: Any = group("checkpoint", "which images; checkpoint: those that the model was trained on")
+    split: str = option("train", "train, val, test, or all of a folder")
+    file: Optional[str] = option(None, "where the codes go; null: codes_SPLIT.safetensors in output_dir", path=True)
+
+# %% ../nbs/15_cli.ipynb #eb122e32
 @command(Encode, ("checkpoint",))
 def encode(c: Encode, typed: dict):
     "What `laser_encode` does."
@@ -910,10 +955,12 @@ five figures and the tables of the pixel-level study, in about a minute.
     sparsity_level: int = option(4, "atoms a pixel, S")
     seed: int = option(0, "of the choice of images and of k-means")
 
+# %% ../nbs/15_cli.ipynb #23713386
 def own_keys(c, settings):
     "What a study is told by the keys of its own, for its function."
     return {name: getattr(c, name) for name in settings.__annotations__ if name != "data"}
 
+# %% ../nbs/15_cli.ipynb #2c072342
 @command(Compare, prepare=lambda line, groups: where_data_lie(line.typed))
 def compare(c: Compare, typed: dict):
     "What `laser_compare` does."
@@ -921,6 +968,7 @@ def compare(c: Compare, typed: dict):
     source, root = (c.data.root, None) if c.data.dataset == "folder" else (c.data.dataset, c.data.root)
     run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c, Compare))
 
+# %% ../nbs/15_cli.ipynb #81265dde
 @dataclass
 class Benchmark(Settings):
     """laser_benchmark times sparse coding against a codebook lookup, and against other packages, side by side.
@@ -940,10 +988,12 @@ class Benchmark(Settings):
     grow: bool = option(False, "and how time grows from 64x512x5 with each of its numbers")
     seed: int = option(0, "of the choice of signals and entries")
 
+# %% ../nbs/15_cli.ipynb #49f837fb
 @command(Benchmark, prepare=lambda line, groups: where_data_lie(line.typed))
 def benchmark(c: Benchmark, typed: dict):
     "What `laser_benchmark` does."
     from laser.benchmark import run_benchmark
-    if c.data.dataset == "celeba" and c.data.root: os.environ["CELEBA_DIR"] = c.data.root  # for its processes as well
+    # for its processes as well
+    if c.data.dataset == "celeba" and c.data.root: os.environ["CELEBA_DIR"] = c.data.root
     source = c.data.root if c.data.dataset == "folder" else c.data.dataset
     run_benchmark(source=source, out=c.output_dir, **own_keys(c, Benchmark))

@@ -31,8 +31,8 @@ def _nearest_entry(z, codebook):
     return torch.addmm(centred.square().sum(1) / 2, z - mean, centred.T, alpha=-1).argmin(1)
 
 def _pursue(signals, dictionary, sparsity, method, tol, diversity, backend):
-    indices, values = pursuit(signals.double(), dictionary.double(), sparsity, method=method, tol=tol, diversity=diversity,
-                              eligible=eligible_norm(signals.dtype), check_values=False)
+    indices, values = pursuit(signals.double(), dictionary.double(), sparsity, method=method, tol=tol,
+                              diversity=diversity, eligible=eligible_norm(signals.dtype), check_values=False)
     return indices, values.to(signals.dtype)
 
 def _residual_search(signals, entries, gram, first, gained, entry_price, level_price, go_price, *options):
@@ -53,14 +53,16 @@ def _frexp(x):
     exponent = x.clamp_min(torch.finfo(x.dtype).tiny).log2().floor() + 1
     return x * torch.exp2(-exponent), exponent.int()
 
-def _solve_triangular(R, right, *, upper, left=True, unitriangular=False):   # upper, as the pursuit has it
+# upper, as the pursuit has it
+def _solve_triangular(R, right, *, upper, left=True, unitriangular=False):
     S, found = R.shape[-1], {}
     for s in reversed(range(S)):
         rest = sum(R[..., s, t, None] * found[t] for t in range(s + 1, S))
         found[s] = (right[..., s, :] - rest) / R[..., s, s, None]
     return torch.stack([found[s] for s in range(S)], -2)
 
-NOT_IN_ONNX = {torch.ops.aten.frexp.Tensor: _frexp, torch.ops.aten.linalg_solve_triangular.default: _solve_triangular}
+NOT_IN_ONNX = {torch.ops.aten.frexp.Tensor: _frexp,
+               torch.ops.aten.linalg_solve_triangular.default: _solve_triangular}
 
 # %% ../nbs/18_export.ipynb #0014
 def _frozen(model):
@@ -77,7 +79,8 @@ def _frozen(model):
 # %% ../nbs/18_export.ipynb #0016
 class _PlainCode(SparseCode):
     def reshape(self, *lead): return _PlainCode(*vars(super().reshape(*lead)).values())
-    def decode(self, dictionary): return (F.embedding(self.indices.clamp_min(0), dictionary.T) * self.values[..., None]).sum(-2)
+    def decode(self, dictionary):
+        return (F.embedding(self.indices.clamp_min(0), dictionary.T) * self.values[..., None]).sum(-2)
 
 class _Half(nn.Module):
     def __init__(self, model):
@@ -92,30 +95,7 @@ class _Encoder(_Half):
 class _Decoder(_Half):
     def forward(self, *codes): return self.model.decode(_PlainCode(*codes) if len(codes) == 2 else codes[0])
 
-# %% ../nbs/18_export.ipynb #0018
-def export_onnx(
-    model: Autoencoder,  # trained; left as it is
-    folder: str | Path,  # where the files go; made if it is not there
-    encoder: bool = True,  # write encoder.onnx too
-) -> list[Path]:  # decoder.onnx, and encoder.onnx
-    """Write a model as ONNX files of plain operators; sizes of batch and images are free.
-
-    `encoder.onnx`: `images` float32 [B, C, H, W] in [0, 1] to `codes`, or `indices` and `values`, as `model.encode` gives them.
-    `decoder.onnx`: these to `images`. `ValueError` where the codes cannot be made by a fixed graph; the decoder is written then.
-    `ImportError` without the extra.
-    """
-    if not (find_spec("onnx") and find_spec("onnxscript")):
-        raise ImportError("ONNX files need onnx and onnxscript: pip install onnx onnxscript onnxruntime")
-    folder, model = Path(folder), _frozen(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    d, (batch, height, width) = model.divisor, map(torch.export.Dim, ("batch", "height", "width"))
-    example = torch.rand(2, model.in_channels, 3 * d, 5 * d, generator=torch.Generator().manual_seed(0))
-    codes = model.encode(example)
-    codes, names = ((codes.indices, codes.values), ["indices", "values"]) if isinstance(codes, SparseCode) else ((codes,), ["codes"])
-    halves = [(_Decoder(model), codes, (tuple({0: batch, 1: height, 2: width} for _ in codes),), names, ["images"])]
-    if encoder: halves.append((_Encoder(model), (example,), ({0: batch, 2: height * d, 3: width * d},), ["images"], names))
-    return [_write(half, folder, *rest) for half, *rest in halves]
-
+# %% ../nbs/18_export.ipynb #3a8e1803
 @contextmanager
 def _quiet():
     "Without the exporter's notes."
@@ -127,28 +107,58 @@ def _quiet():
             yield
     finally: logging.disable(level)
 
+# %% ../nbs/18_export.ipynb #5fcf7313
 def _write(half, folder, inputs, sizes, input_names, output_names):
     what = type(half).__name__.strip("_").lower()
     try:
         with _quiet():
             with PlainOperators(): program = torch.export.export(half, inputs, dynamic_shapes=sizes)
-            torch.onnx.export(program.run_decompositions(NOT_IN_ONNX), f=folder/f"{what}.onnx", input_names=input_names,
-                              output_names=output_names, external_data=False, verbose=False)
+            torch.onnx.export(program.run_decompositions(NOT_IN_ONNX), f=folder/f"{what}.onnx", external_data=False,
+                              input_names=input_names, output_names=output_names, verbose=False)
     except Exception as e:
         reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"the {what} of a model with bottleneck {half.model.bottleneck.name!r} has no form as a fixed graph of ONNX operators "
-                         f"({reason:.200}); encoder=False writes the decoder alone") from e
+        raise ValueError(f"the {what} of a model with bottleneck {half.model.bottleneck.name!r} has no form as a fixed "
+                         f"graph of ONNX operators ({reason:.200}); encoder=False writes the decoder alone") from e
     return folder/f"{what}.onnx"
 
+# %% ../nbs/18_export.ipynb #0018
+def export_onnx(
+    model: Autoencoder,  # trained; left as it is
+    folder: str | Path,  # where the files go; made if it is not there
+    encoder: bool = True,  # write encoder.onnx too
+) -> list[Path]:  # decoder.onnx, and encoder.onnx
+    """Write a model as ONNX files of plain operators; sizes of batch and images are free.
+
+    `encoder.onnx`: `images` float32 [B, C, H, W] in [0, 1] to `codes`, or `indices` and `values`, as `model.encode`
+    gives them. `decoder.onnx`: these to `images`. `ValueError` where the codes cannot be made by a fixed graph; the
+    decoder is written then. `ImportError` without the extra.
+    """
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        raise ImportError("ONNX files need onnx and onnxscript: "
+                          "pip install onnx onnxscript onnxruntime")
+    folder, model = Path(folder), _frozen(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    d, (batch, height, width) = model.divisor, map(torch.export.Dim, ("batch", "height", "width"))
+    example = torch.rand(2, model.in_channels, 3 * d, 5 * d, generator=torch.Generator().manual_seed(0))
+    codes = model.encode(example)
+    codes, names = (codes,), ["codes"]
+    if isinstance(codes[0], SparseCode): codes, names = (codes[0].indices, codes[0].values), ["indices", "values"]
+    halves = [(_Decoder(model), codes, (tuple({0: batch, 1: height, 2: width} for _ in codes),), names, ["images"])]
+    if encoder:
+        halves.append((_Encoder(model), (example,), ({0: batch, 2: height * d, 3: width * d},), ["images"], names))
+    return [_write(half, folder, *rest) for half, *rest in halves]
 
 # %% ../nbs/18_export.ipynb #0019
 def run_onnx(
     file: str | Path,  # encoder.onnx or decoder.onnx
     *inputs: Tensor,  # images, or codes, or indices and values
 ) -> list[Tensor]:  # codes, or indices and values, or images
-    "Run a file in ONNX Runtime, on the CPU, to see that it gives what the model gives. `ImportError` without the extra."
+    "A file run by ONNX Runtime on the CPU, to see that it gives what the model gives. `ImportError` without the extra."
     try: from onnxruntime import InferenceSession
-    except ImportError as e: raise ImportError("running ONNX files needs ONNX Runtime: pip install onnxruntime") from e
+    except ImportError as e:
+        raise ImportError("running ONNX files needs ONNX Runtime: "
+                          "pip install onnxruntime") from e
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    return [torch.from_numpy(output) for output in session.run(None, {n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True)})]
+    arrays = {n: x.detach().cpu().numpy() for n, x in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(output) for output in session.run(None, arrays)]

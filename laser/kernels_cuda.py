@@ -20,7 +20,7 @@ from .sparse_coding import exact_products, no_autocast, omp_torch
 # %% ../nbs/31_kernels_cuda.ipynb #0134
 @functools.cache
 def _scaling_kernel():
-    "Triton: scaled signals, their squared norms, and the powers of two that bring the largest entry of each to [1, 2)."
+    "Triton: signals scaled until the largest entry of each is in [1, 2), the powers of two, and the squared norms."
     global tl
     import triton
     import triton.language as tl
@@ -30,7 +30,8 @@ def _scaling_kernel():
         peak, energy = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, M, BLOCK_M):
             inside = (b < B)[:, None] & (start + m < M)[None, :]
-            peak = tl.maximum(peak, tl.max(tl.abs(tl.load(X + b[:, None] * M + (start + m)[None, :], mask=inside, other=0.0)), axis=1))
+            x = tl.load(X + b[:, None] * M + (start + m)[None, :], mask=inside, other=0.0)
+            peak = tl.maximum(peak, tl.max(tl.abs(x), axis=1))
         exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
         scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
         for start in range(0, M, BLOCK_M):
@@ -46,17 +47,19 @@ def _scaling_kernel():
 # %% ../nbs/31_kernels_cuda.ipynb #7b5ef054
 @functools.cache
 def _fused_kernel():
-    "Triton: a pursuit from correlations, one signal a program, by rows of the Gram matrix. RULE 0 is OMP, 1 ORMP, 2 MP."
+    "Triton: a pursuit from correlations by rows of the Gram matrix, one signal a program. RULE: 0 OMP, 1 ORMP, 2 MP."
     global tl
     import triton
     import triton.language as tl
 
-    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol, floor, noise, eligible, risky, trust, stretch, blur,
+    def fused(C, G, DIAGONAL, SCALE, ENERGY, INDICES, VALUES, DOUBT, K, tol,
+              floor, noise, eligible, risky, trust, stretch, blur,
               S: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
         b, k, s = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
         inside = k < K
         c = tl.load(C + b * K + k, mask=inside, other=0.0)
-        left = tl.load(DIAGONAL + k, mask=inside, other=1.0)  # for ORMP what is left of each atom; for MP its squared norm
+        # of each atom, for ORMP; for MP its squared norm
+        left = tl.load(DIAGONAL + k, mask=inside, other=1.0)
         scale, energy = tl.load(SCALE + b), tl.load(ENERGY + b)
         norm, remaining, travelled = tl.sqrt(energy), energy, 0.0
         enough = tl.where(tol > 0, tol * scale * scale, -1.0)
@@ -64,7 +67,8 @@ def _fused_kernel():
         support, coefficient = tl.zeros([BLOCK_S], tl.int32), tl.zeros([BLOCK_S], tl.float32)
         inverse = tl.zeros([BLOCK_S, BLOCK_S], tl.float32)
         spread, size2 = 1.0, 0.0
-        n, doubt, active = 0, energy < 0, (energy > 0) & (energy < 1e38)  # what is not finite gets no code
+        # what is not finite gets no code
+        n, doubt, active = 0, energy < 0, (energy > 0) & (energy < 1e38)
         while active:
             score, limit = tl.abs(c), floor * norm
             if RULE == 1:
@@ -94,7 +98,8 @@ def _fused_kernel():
                     mine, squared = tl.sum(tl.where(k == pick, left, 0.0), axis=0), energy + size2
                     error, shrink = noise * tl.sqrt(spread * squared), noise * spread
                     least, most = tl.maximum(tl.abs(correlation) - error, 0.0), tl.abs(c) + error
-                    rival = (most * most * (mine + shrink) >= least * least * (left - shrink)) & (left + shrink > eligible) & inside & (k != pick)
+                    rival = most * most * (mine + shrink) >= least * least * (left - shrink)
+                    rival = rival & (left + shrink > eligible) & inside & (k != pick)
                     unsure = (n > 0) & ((spread * squared > trust * energy) | (mine <= risky))
                     unsure = unsure & ((mine - shrink <= eligible) | (tl.sum(rival.to(tl.int32), axis=0) > 0))
                     doubt = active & (again | unsure | (tl.abs(correlation) <= noise * norm))
@@ -150,15 +155,16 @@ def _fused(signals, dictionary, S, rule, tol, tf32):
     values, doubt = signals.new_empty(B, S), torch.empty(B, dtype=torch.int32, device=signals.device)
     gram, rows = _gram_float32(dictionary), max(1, min(B, max(1024, 2**25 // max(K, M))))
     diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
-    scale, energy, correlations = (torch.empty(*shape, device=signals.device) for shape in ((rows,), (rows,), (rows, K)))
+    scale, energy, correlations = (torch.empty(*s, device=signals.device) for s in ((rows,), (rows,), (rows, K)))
     block = _power_of_two(K, 32)
     for i in range(0, B, rows):
         part, n = slice(i, i + rows), min(rows, B - i)
         _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
         with exact_products(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
-        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part], K, tol,
-                              limits.floor, limits.noise, limits.eligible, limits.risky, limits.trust, limits.stretch, limits.blur,
-                              S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
+        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part],
+                              K, tol, limits.floor, limits.noise, limits.eligible, limits.risky, limits.trust,
+                              limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2),
+                              num_warps=_fused_warps(block))
     return indices, values, doubt
 
 # %% ../nbs/31_kernels_cuda.ipynb #0139
@@ -180,20 +186,27 @@ def omp_triton(
     diversity: float = 0.0,  # not offered here: must be 0
     tf32: bool = False,  # products with 10 bits of mantissa on the tensor cores: faster, and other supports
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
-    "The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32; what that leaves in doubt, and all with more than 8,192 atoms, by `omp_torch` in float64."
+    """The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32.
+
+    What that leaves in doubt, and all with more than 8,192 atoms, is coded by `omp_torch` in float64.
+    """
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     if signals.dtype != torch.float32:
         raise TypeError(f"omp_triton works in float32, got {signals.dtype}; call .float() first")
     if diversity:
         raise ValueError("omp_triton has no diversity bonus; set diversity=0 or use batch_omp(..., backend='torch')")
     if not signals.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, start Python with TRITON_INTERPRET=1 in the environment")
+        raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, "
+                         "start Python with TRITON_INTERPRET=1 in the environment")
     if importlib.util.find_spec("triton") is None:
-        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; use batch_omp(..., backend='torch') without it")
-    signals, dictionary, options = signals.detach().contiguous(), dictionary.detach().contiguous(), dict(method=method, tol=tol)
-    with no_autocast(signals.device.type), torch.cuda.device_of(signals):  # Triton launches on the current device
+        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; "
+                          "use batch_omp(..., backend='torch') without it")
+    signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
+    rule, options = ("omp", "ormp", "mp").index(method), dict(method=method, tol=tol)
+    # Triton launches on the current device
+    with no_autocast(signals.device.type), torch.cuda.device_of(signals):
         if dictionary.shape[1] > 8192: return omp_torch(signals, dictionary, sparsity, **options)
-        indices, values, doubt = _fused(signals, dictionary, int(sparsity), ("omp", "ormp", "mp").index(method), float(tol), tf32)
+        indices, values, doubt = _fused(signals, dictionary, int(sparsity), rule, float(tol), tf32)
         again = (doubt > 0).nonzero()[:, 0]
         if len(again): indices[again], values[again] = omp_torch(signals[again], dictionary, sparsity, **options)
     return indices, values
