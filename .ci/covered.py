@@ -33,7 +33,8 @@ def run_notebook(path: Path) -> bool:
         module, line = place
         directives = re.match(r"(?:#\|.*\n|\s*\n)*", cell.source).group().count("\n")     # lines that the export leaves out
         code = "\n"*(line - directives) + cell.source
-        try: exec(compile(code, module, "exec"), shell.user_ns)
+        shell._cell_idx = cell.idx_ + 1                      # for the traceback
+        try: exec(shell.compile(code, module, "exec"), shell.user_ns)    # which keeps `from __future__` for later cells
         except Exception as error: shell.exc = error
 
     CaptureShell.cell = cell

@@ -253,7 +253,7 @@ def _tame(x):
 # %% ../nbs/03_bottleneck.ipynb #8df3f0b9
 class _State(nn.Module):
     "First placing, seeded draws and usage."
-    inits = ("kmeans", "data", "random")   # how entries may be placed
+    inits: tuple[str, ...] = ("kmeans", "data", "random")   # how entries may be placed
 
     def __init__(self, num_entries, init, revive_below, seed, usage_decay):
         super().__init__()
@@ -314,7 +314,7 @@ class _State(nn.Module):
 # %% ../nbs/03_bottleneck.ipynb #0567f3ee
 class _Alphabet:
     "What codes are made of, and what they cost."
-    code_shape = ()       # shape of one signal's integers: () for an index, (n,) for n of them
+    code_shape: tuple[int, ...] = ()  # shape of one signal's integers: () for an index, (n,) for n of them
     rate_weight = 0.0     # lambda of D + lambda R on the signals; 0: the nearest code, whatever it costs
 
     def table_sizes(self) -> list[int]:
@@ -382,8 +382,8 @@ class Bottleneck(_Alphabet, _State):
     A subclass gives `encode_signals` and `decode_signals`, and is registered under a name by `@register(name)`.
     """
     name: str | None = None                          # registered name
-    later_buffers = ("rate_points", "table_counts")  # that folders of version 0.1 do not have
-    rebuilt_buffers = ()                             # averages that a file may leave out, since only training needs them
+    later_buffers: tuple[str, ...] = ("rate_points", "table_counts")  # that folders of version 0.1 do not have
+    rebuilt_buffers: tuple[str, ...] = ()            # averages that a file may leave out, since only training needs them
     __call__: Callable[..., BottleneckOutput]
 
     def __init__(

@@ -487,7 +487,7 @@ def left_out(*sets) -> dict:
     names = [str(path) for images in sets for path in getattr(images, "skipped", [])]
     return dict(number=len(names), names=names)
 
-def write_results(folder: Path, rows: list[dict], **about) -> Path:
+def write_results(folder: str | Path, rows: list[dict], **about) -> Path:
     "results.json and results.csv."
     import pandas as pd
     from laser.checkpoints import files_into

@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections import Counter, namedtuple
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,7 +73,8 @@ class FixedTables:
         return self.scaled[table]
 
 # %% ../nbs/11_codec.ipynb #0013
-BAND, TOGETHER = 2**16, 2**11  # codes of a band, and of one call for frequencies: what memory is bounded by
+# codes of a band, and of one call for frequencies: what memory is bounded by
+BAND, TOGETHER = 2**16, 2**11
 
 def _same_table(tables):
     "For every table among [N]: its number and at most `TOGETHER` rows that have it; -1 is left out."
@@ -117,7 +119,8 @@ def walk(
 CODES_PER_BYTE = 256  # a stream has at least one byte for so many codes
 
 # %% ../nbs/11_codec.ipynb #0019
-ZEROS = 7  # bytes of zeros at the end that are left out, at most: `read_symbols` allows the symbols 64 bits more than it sees
+# zeros that are left out at the end, at most: `read_symbols` allows 64 bits more than it sees
+ZEROS = 7
 
 def _close(encoder, codes):
     "The bytes of an image with so many codes. A few zeros at the end are left out: the reader goes on with zeros."
@@ -170,7 +173,8 @@ def read_symbols(
         return symbols.astype(np.int64)
 
     try: values, _ = walk(bottleneck, tables, height, width, get, budget=8 * len(data) + 64)
-    except AssertionError as error: raise ValueError("its bytes are no range code") from error   # constriction's
+    # constriction's
+    except AssertionError as error: raise ValueError("its bytes are no range code") from error
     if _close(again, height * width) != data: raise ValueError("its bytes are no range code")
     return values
 
@@ -182,14 +186,16 @@ def fingerprint(
     state = model.state_dict()
     names = sorted(name for name in state if not name.startswith(("encoder.", "pre_bottleneck.")))
     shapes = [(name, str(state[name].dtype), list(state[name].shape)) for name in names]
-    step = getattr(model.bottleneck, "step", None)                           # a number beside the weights that values depend on
+    # a number beside the weights that values depend on
+    step = getattr(model.bottleneck, "step", None)
     digest = hashlib.sha256(json.dumps([model.bottleneck.name, step, shapes]).encode())
     for name in names: digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return int.from_bytes(digest.digest()[:4], "little")
 
 # %% ../nbs/11_codec.ipynb #0030
 MAGIC, VERSION = b"LS", 1
-HEADER = struct.Struct("<2sBBHHII")  # magic, version, rate point, height, width, fingerprint, checksum: 16 bytes
+# magic, version, rate point, height, width, fingerprint, checksum: 16 bytes
+HEADER = struct.Struct("<2sBBHHII")
 LONGEST_SIDE = 2**16 - 1  # pixels, as the header has 16 bits for a side
 
 # %% ../nbs/11_codec.ipynb #0031
@@ -207,14 +213,17 @@ def parse_stream(
     if not isinstance(stream, (bytes, bytearray, memoryview)):
         raise TypeError(f"a stream is bytes, not {type(stream).__name__}; pass a list of them, one an image")
     stream = bytes(stream)
-    if len(stream) < HEADER.size: raise ValueError(f"it has {len(stream)} bytes, fewer than its header of {HEADER.size}; was it cut short?")
+    if len(stream) < HEADER.size:
+        raise ValueError(f"it has {len(stream)} bytes, fewer than its header of {HEADER.size}; was it cut short?")
     magic, version, point, height, width, model, checksum = HEADER.unpack_from(stream)
     if magic != MAGIC: raise ValueError(f"it begins with {stream[:2]!r}, not {MAGIC!r}: it is no LASER stream")
-    if version != VERSION: raise ValueError(f"it has version {version} of the format, this package reads {VERSION}; update laser")
+    if version != VERSION:
+        raise ValueError(f"it has version {version} of the format, this package reads {VERSION}; update laser")
     if zlib.crc32(stream[HEADER.size:], zlib.crc32(stream[:HEADER.size - 4])) != checksum:
         raise ValueError("its checksum is wrong: it was damaged or cut short; fetch it again")
     if model != identity:
-        raise ValueError(f"another model wrote it (fingerprint {model:08x}, this one has {identity:08x}); load that model")
+        raise ValueError(f"another model wrote it (fingerprint {model:08x}, this one has {identity:08x}); "
+                         "load that model")
     if not height or not width: raise ValueError(f"it claims an image of {height} x {width}")
     return point, (height, width), stream[HEADER.size:]
 
@@ -236,8 +245,9 @@ def _check_tables(bottleneck):
     "`ValueError` without a finite alphabet, without tables, or with tables of another alphabet."
     size = sum(bottleneck.table_sizes())
     if bottleneck.table_counts.shape[1:] != (size,) or not len(bottleneck.rate_points):
-        raise ValueError(f"no probability tables are fitted for codes at rate_weight={bottleneck.rate_weight:g}: "
-                         f"call model.fit_tables(images, rate_weights=[{bottleneck.rate_weight:g}]) with training images")
+        weight = f"{bottleneck.rate_weight:g}"
+        raise ValueError(f"no probability tables are fitted for codes at rate_weight={weight}: "
+                         f"call model.fit_tables(images, rate_weights=[{weight}]) with training images")
 
 # %% ../nbs/11_codec.ipynb #0037
 CONTEXT = 128  # added to the rate point of a stream that was written with the context model
@@ -257,7 +267,9 @@ def _rate_bytes(bottleneck):
 
 def _rate_weight(bottleneck, number, data):
     "The inverse: rate_weight, and the data without it. `ValueError` for a rate that there is not."
-    if number == OTHER and len(data) >= 8 and 0 <= (weight := struct.unpack("<d", data[:8])[0]) < np.inf: return weight, data[8:]
+    if number == OTHER and len(data) >= 8:
+        weight = struct.unpack("<d", data[:8])[0]
+        if 0 <= weight < np.inf: return weight, data[8:]
     if number < min(OTHER, len(bottleneck.rate_points)): return float(bottleneck.rate_points[number]), data
     raise ValueError(f"it was written at rate point {number}, and this model has {len(bottleneck.rate_points)}")
 
@@ -265,7 +277,7 @@ def _rate_weight(bottleneck, number, data):
 def codes_to_streams(
     model,                   # an Autoencoder with fitted tables
     codes,                   # over [B, h, w], as `model.encode` gives them
-    size: tuple[int, int],   # true height and width of the images, in pixels
+    size: Sequence[int],     # true height and width of the images, in pixels
 ) -> list[bytes]:
     "One stream for each image. `ValueError` without tables or a finite alphabet: it says what to set."
     bottleneck, (h, w) = model.bottleneck, grid_of(model, size)
@@ -273,8 +285,8 @@ def codes_to_streams(
     identity, (fixed, context), (rate, extra) = fingerprint(model), _models(model), _rate_bytes(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy()
     if h * w == 0 or len(values) % (h * w) or max(size) > LONGEST_SIDE:
-        raise ValueError(f"{len(values)} codes are no images of {size[0]} x {size[1]} pixels, which have {h} x {w} codes each; "
-                         f"sides are 1 to {LONGEST_SIDE:,} pixels")
+        raise ValueError(f"{len(values)} codes are no images of {size[0]} x {size[1]} pixels, "
+                         f"which have {h} x {w} codes each; sides are 1 to {LONGEST_SIDE:,} pixels")
     streams = []
     for own in values.reshape(-1, h * w, values.shape[1]):
         data, how = write_symbols(bottleneck, fixed, own, h, w), rate
@@ -288,7 +300,7 @@ def codes_to_streams(
 # %% ../nbs/11_codec.ipynb #0040
 def grid_of(
     model,                   # an Autoencoder
-    size: tuple[int, int],   # height and width of an image
+    size: Sequence[int],     # height and width of an image
 ) -> tuple[int, int]:
     "Rows and columns of its codes: sides that the model's divisor does not divide are padded."
     return tuple(-(-side // model.divisor) for side in size)
@@ -315,8 +327,10 @@ def streams_to_codes(
 ) -> tuple:                 # codes over [B, h, w], and the (height, width) of the images
     "Streams to codes, exactly. `ValueError` for a stream that is damaged, foreign or another model's."
     kinds, values = zip(*_read(model, streams))
-    if len(set(kinds)) > 1: raise ValueError(f"expected images of one size and rate, got {sorted(set(kinds))}; decompress takes several")
-    with _coding(model, kinds[0][2]): return _to_codes(model, values, kinds[0][:2]), kinds[0][:2]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"expected images of one size and rate, got {sorted(set(kinds))}; decompress takes several")
+    *size, weight = kinds[0]
+    with _coding(model, weight): return _to_codes(model, values, size), tuple(size)
 
 # %% ../nbs/11_codec.ipynb #0043
 def code_length(bottleneck) -> int:
@@ -335,17 +349,18 @@ def _to_codes(model, values, size):
 # %% ../nbs/11_codec.ipynb #0047
 def compress(
     model,                              # an Autoencoder with fitted tables
-    images,                             # float [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes
-    rate_weight: float | None = None,   # lambda, squared error on the signals that one bit is worth; None: the bottleneck's own
+    images,                             # float [B, 3, H, W] in [0, 1], or a list of [3, H, W] of any sizes
+    rate_weight: float | None = None,   # lambda: squared error that one bit is worth; None: the bottleneck's own
 ) -> list[bytes]:                       # one stream an image
-    "Images to streams, of any size up to 65,535 pixels a side. `ValueError` without tables: call `model.fit_tables(images)`."
+    "Images to streams; sides up to 65,535 pixels. `ValueError` without tables: call `model.fit_tables(images)`."
     batches = [images] if torch.is_tensor(images) else [image[None] for image in images]
-    if any(x.ndim != 4 for x in batches): raise ValueError("images must be a tensor [B, 3, H, W] or a list of tensors [3, H, W]")
+    if any(x.ndim != 4 for x in batches):
+        raise ValueError("images must be a tensor [B, 3, H, W] or a list of tensors [3, H, W]")
     if rate_weight is not None and "rate_weight" not in bottleneck_options(type(model.bottleneck)):
         raise ValueError(f"a {type(model.bottleneck).__name__} has one rate only: leave rate_weight out")
     streams = []
     with _coding(model, rate_weight):
-        _check_tables(model.bottleneck)                                      # what is missing is said before the work
+        _check_tables(model.bottleneck)  # what is missing is said before the work
         for x in batches:
             right, below = (-x.shape[-1] % model.divisor, -x.shape[-2] % model.divisor)
             padded = F.pad(x, (0, right, 0, below), mode="replicate")
@@ -358,13 +373,14 @@ def decompress(
     streams: list[bytes],    # what `compress` gave
 ) -> Tensor | list[Tensor]:  # images [B, 3, H, W] in [0, 1], or a list of [3, H, W] where sizes differ
     "Streams to images. `ValueError` for a stream that is damaged, foreign or another model's."
-    if not isinstance(streams, (list, tuple)) or not streams: raise ValueError("decompress takes a list of streams, one an image")
-
+    if not isinstance(streams, (list, tuple)) or not streams:
+        raise ValueError("decompress takes a list of streams, one an image")
     kinds, values = zip(*_read(model, streams))
     together = len(set(kinds)) == 1
     pictures = []
-    for (height, width, weight), own in [(kinds[0], values)] if together else zip(kinds, [[v] for v in values]):
-        with _coding(model, weight): pictures.append(model.decode(_to_codes(model, own, (height, width)))[..., :height, :width])
+    for (*size, weight), own in [(kinds[0], values)] if together else zip(kinds, [[v] for v in values]):
+        with _coding(model, weight): picture = model.decode(_to_codes(model, own, size))
+        pictures.append(picture[..., :size[0], :size[1]])
     if together: return pictures[0]
     same_size = len({picture.shape for picture in pictures}) == 1
     return torch.cat(pictures) if same_size else [picture[0] for picture in pictures]
@@ -372,7 +388,8 @@ def decompress(
 # %% ../nbs/11_codec.ipynb #0051
 SUFFIX = ".laser"  # of a stream in a file
 Written = namedtuple("Written", "source target bytes height width")
-Written.__doc__ = "A file that was written: from where, to where, the length of its stream in bytes, the size of its image in pixels."
+Written.__doc__ = """A file that was written: from where, to where, the length of its stream in bytes,
+and the size of its image in pixels."""
 
 # %% ../nbs/11_codec.ipynb #0052
 def _plan(sources, find, output, suffix, overwrite):
@@ -383,9 +400,12 @@ def _plan(sources, find, output, suffix, overwrite):
         if not source.exists(): raise FileNotFoundError(f"there is no {source}")
         root = source if source.is_dir() else source.parent
         place = root if output is None else Path(output).expanduser()
-        pairs += [(file, (place / file.relative_to(root)).with_suffix(suffix)) for file in (find(source) if source.is_dir() else [source])]
+        files = find(source) if source.is_dir() else [source]
+        pairs += [(file, (place / file.relative_to(root)).with_suffix(suffix)) for file in files]
     for target, times in Counter(target for _, target in pairs).items():
-        if times > 1: raise ValueError(f"{times} files would be written to {target}: rename them, or do them one by one into several folders")
+        if times > 1:
+            raise ValueError(f"{times} files would be written to {target}: "
+                             "rename them, or do them one by one into several folders")
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} is there already: choose another output folder, or say overwrite=True")
     return pairs
@@ -429,7 +449,7 @@ def compress_files(
         target.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(target) as new: new.write_bytes(stream)          # whole, or not there
         return Written(source, target, len(stream), *image.shape[1:])
-    compress(model, [], rate_weight)                                         # what the model lacks is said once
+    compress(model, [], rate_weight)  # what the model lacks is said once
     return _each(work, _plan(sources, image_files, output, SUFFIX, overwrite), progress, on_error)
 
 # %% ../nbs/11_codec.ipynb #0055
@@ -486,8 +506,9 @@ class EncodedImages:
             header = json.loads(f.read(length))
         self.metadata = header.pop("__metadata__")
         self.names = json.loads(self.metadata["names"])
-        self.arrays = {name: np.memmap(self.file, DTYPES[a["dtype"]], mode, 8 + length + a["data_offsets"][0], tuple(a["shape"]))
-                       for name, a in header.items()}
+        def array(a): return np.memmap(self.file, DTYPES[a["dtype"]], mode, 8 + length + a["data_offsets"][0],
+                                       tuple(a["shape"]))
+        self.arrays = {name: array(a) for name, a in header.items()}
         self.bits = self.arrays.pop("bits")
 
     def __len__(self) -> int: return len(self.names)
@@ -499,9 +520,9 @@ class EncodedImages:
         return parts["codes"] if "codes" in parts else SparseCode(parts["indices"], parts["values"])
 
     def __repr__(self) -> str:
-        pixels = len(self) * int(self.metadata["height"]) * int(self.metadata["width"])
-        return (f"{len(self):,} images, {np.nansum(self.bits) / 8 / 1024:,.1f} KiB of codes, {np.nansum(self.bits) / pixels:.4f} "
-                f"bits a pixel ({self.metadata['rate']})")
+        pixels, bits = len(self) * int(self.metadata["height"]) * int(self.metadata["width"]), np.nansum(self.bits)
+        return (f"{len(self):,} images, {bits / 8 / 1024:,.1f} KiB of codes, "
+                f"{bits / pixels:.4f} bits a pixel ({self.metadata['rate']})")
 
 # %% ../nbs/11_codec.ipynb #0062
 def encode_dataset(
@@ -512,7 +533,7 @@ def encode_dataset(
     rate_weight: float | None = None,   # as in `compress`
     progress: bool = False,             # show a bar
 ) -> EncodedImages:
-    "Codes of a whole data set in one file; goes on with one that was interrupted. `ValueError` if that is of another run."
+    "Codes of a data set in one file; goes on with one that was interrupted. `ValueError` if that is of another run."
     from tqdm import tqdm
     file, bottleneck = Path(file).expanduser(), model.bottleneck
     part = file.with_name(file.name + ".part")
@@ -523,23 +544,27 @@ def encode_dataset(
         first = _arrays(model.encode(x.to(device)))
         names = [str(getattr(f, "name", f)) for f in getattr(images, "files", range(len(images)))]
         header, size = _layout(
-            {k: ((len(images), *v.shape[1:]), v.dtype) for k, v in first.items()} | {"bits": ((len(images),), np.float64)},
-            dict(names=json.dumps(names), fingerprint=f"{fingerprint(model):08x}", height=str(x.shape[2]), width=str(x.shape[3]),
-                 rate="ideal" if priced else "nominal", rate_weight=str(bottleneck.rate_weight), batch_size=str(batch_size)))
+            {k: ((len(images), *v.shape[1:]), v.dtype) for k, v in first.items()}
+            | {"bits": ((len(images),), np.float64)},
+            dict(names=json.dumps(names), fingerprint=f"{fingerprint(model):08x}",
+                 height=str(x.shape[2]), width=str(x.shape[3]), rate="ideal" if priced else "nominal",
+                 rate_weight=str(bottleneck.rate_weight), batch_size=str(batch_size)))
         if not part.exists():
             part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as f: f.write(header), f.truncate(len(header) + size)
             EncodedImages(part, "r+").bits[:] = np.nan
         with open(part, "rb") as f: same = f.read(len(header)) == header
-        if not same: raise ValueError(f"{part} was begun with another model, data set, rate or batch size: remove it to start again")
+        if not same:
+            raise ValueError(f"{part} was begun with another model, data set, rate or batch size: "
+                             "remove it to start again")
         encoded = EncodedImages(part, "r+")
         for start in tqdm(range(0, len(images), batch_size), disable=not progress, unit="batch"):
             rows = slice(start, min(start + batch_size, len(images)))
             if not np.isnan(encoded.bits[rows]).any(): continue
             codes = model.encode(images.batch(range(rows.start, rows.stop)).to(device))
             for name, values in _arrays(codes).items(): encoded.arrays[name][rows] = values
-            bits = bottleneck.code_bits(codes).flatten(1).sum(1).cpu().numpy() if priced else bottleneck.bits_per_code() * int(np.prod(grid_of(model, x.shape[2:])))
-            encoded.bits[rows] = bits
+            if priced: encoded.bits[rows] = bottleneck.code_bits(codes).flatten(1).sum(1).cpu().numpy()
+            else: encoded.bits[rows] = bottleneck.bits_per_code() * int(np.prod(grid_of(model, x.shape[2:])))
         for array in (*encoded.arrays.values(), encoded.bits): array.flush()
     part.rename(file)
     return EncodedImages(file)

@@ -17,6 +17,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
@@ -112,7 +113,7 @@ def load_image(
 
 # %% ../nbs/07_data.ipynb #0028
 def choose(
-    items: list,          # what to choose from
+    items: Sequence,      # what to choose from
     limit: int | None,    # how many to keep; None or more than there are: all
     seed: int = 0,        # which choice
 ) -> list:                # the chosen items in their first order
@@ -126,7 +127,7 @@ def choose(
 class Images(Dataset):
     "A set of images: item `i` is a float tensor [3, size, size] in [0, 1]"
     label = "images"     # what the set is, in words for captions and tables
-    size = None          # side of the images in pixels
+    size: int | None = None   # side of the images in pixels
     in_memory = False    # whether an item costs no file reading
 
     def __len__(self) -> int: raise NotImplementedError

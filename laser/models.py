@@ -375,7 +375,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         model.load_state_dict(weights)
         return model.to(map_location).eval()
 
-    kind = None   # of the short names: the bottleneck they stand for
+    kind: str | None = None   # of the short names: the bottleneck they stand for
 
 # %% ../nbs/06_models.ipynb #6690d7b6
 def network_options() -> dict[str, Option]:

@@ -54,18 +54,18 @@ def count_symbols(
     symbols: Tensor,  # the symbols, int64, any shape
     sizes: Sequence[int],  # alphabet size of each table
 ) -> Tensor:  # [sum(sizes)] int64, how often each symbol of each table occurs
-    "Count symbols, table by table. On the CPU, `ValueError` for a symbol that its table does not have."
+    "Count symbols, table by table. On the CPU, `ValueError` for one that its table does not have."
     return torch.bincount(_places(tables, symbols, sizes).flatten(), minlength=sum(sizes) + 1)[:-1]
 
 # %% ../nbs/02_rate.ipynb #0015
 def table_bits(
-    weights: Tensor,  # [sum(sizes)], positive: all tables, one after the other, as from `smooth_counts`
+    weights: Tensor,  # [sum(sizes)], positive: all tables in a row, as from `smooth_counts`
     sizes: Sequence[int],  # alphabet size of each table
 ) -> Tensor:  # [sum(sizes)] float64, bits of each symbol of each table
     "The price list: -log2 of each symbol's probability in its table. Source: Shannon 1948."
     weights = weights.double()
     if (weights <= 0).any():
-        raise ValueError("a symbol without weight could not be written: call smooth_counts(counts) first")
+        raise ValueError("a symbol without weight cannot be written: call smooth_counts(counts) first")
     lengths = torch.as_tensor(sizes, device=weights.device)
     totals = torch.segment_reduce(weights, "sum", lengths=lengths)
     return totals.log2().repeat_interleave(lengths) - weights.log2()
@@ -94,7 +94,7 @@ def to_levels(
     dead_zone: float = 0.0,  # how far every border is moved away from zero, 0 to 0.5, in steps
     max_level: int | None = None,  # levels beyond are clipped to it
 ) -> Tensor:  # int64, the level of each; its value is level * step
-    "Uniform-step levels: sign(c) * floor(|c| / step + 1/2 - dead_zone). `ValueError` for an impossible step."
+    "sign(c) * floor(|c| / step + 1/2 - dead_zone). `ValueError` for an impossible step."
     if not step > 0: raise ValueError(f"step must be positive, got {step}: it is the width of a level")
     magnitude = (values.abs() / step + (0.5 - dead_zone)).floor().clamp(0, max_level)
     return (magnitude * values.sign()).long()
@@ -133,8 +133,9 @@ def level_prices(
     left_out, used = used[:, zero, None], used.where(far > 0, 0)
     uses = used.sum(1, keepdim=True)
     everyone = (used + used.flip(1)).sum(0) + torch.where(far > 0, 1 / far.clamp_min(1).double().square(), 0)
-    share = (used + strength * everyone / everyone.sum()) / (uses + strength)   # of each level, where used
-    odds = (left_out + K - 1) / (uses + 1)                                      # against use; K - 1 to 1 at the start
+    # of each level, where used
+    share = (used + strength * everyone / everyone.sum()) / (uses + strength)
+    odds = (left_out + K - 1) / (uses + 1)  # against use; K - 1 to 1 at the start
     return (odds / share).log2().where(far > 0, 0)
 
 # %% ../nbs/02_rate.ipynb #0039
@@ -156,7 +157,7 @@ def count_levels(
 
 # %% ../nbs/02_rate.ipynb #0044
 def _best_levels(c, atoms, prices, rate_weight, step):
-    "The level of each of `atoms` that gains most, 0 where none gains, and its gain; c holds their correlations."
+    "The level of each of `atoms` that gains most, 0 where none does, and its gain; c: correlations."
     size, top = c.abs(), prices.shape[1] // 2
     nearest = (size / step + 0.5).floor().clamp(1, top)
     level, gain = torch.zeros_like(c), torch.zeros_like(c)
@@ -169,11 +170,11 @@ def _best_levels(c, atoms, prices, rate_weight, step):
 
 # %% ../nbs/02_rate.ipynb #0045
 class _Pursuit:
-    "Codes of N signals by distortion + rate: S slots each, and the correlations c [N, K] with what is left."
+    "Codes of N signals, S slots each, and the correlations c [N, K] with what is left of them."
 
     def __init__(self, c, gram, prices, rate_weight, step, slots):
         self.c, self.gram, self.terms, self.step = c, gram, (prices, rate_weight, step), step
-        self.rows, self.all_atoms = torch.arange(len(c), device=c.device), torch.arange(c.shape[1], device=c.device)
+        self.rows, self.all_atoms = (torch.arange(n, device=c.device) for n in c.shape)
         self.atoms = torch.zeros(len(c), slots, dtype=torch.int64, device=c.device)
         self.levels = c.new_zeros(len(c), slots)                         # 0: nothing in this slot
         self.held = torch.zeros(c.shape, dtype=torch.bool, device=c.device)
@@ -204,7 +205,7 @@ class _Pursuit:
 
 # %% ../nbs/02_rate.ipynb #0046
 def _rd_torch(c, gram, prices, rate_weight, step, slots, sweeps):
-    "Atoms [N, S] and levels [N, S], 0 where nothing is used, from correlations c [N, K], which are used up."
+    "Atoms [N, S] and levels [N, S], 0 where unused; the correlations c [N, K] are used up."
     state = _Pursuit(c, gram, prices, rate_weight, step, slots)
     active = torch.ones(len(c), dtype=torch.bool, device=c.device)
     filled = torch.zeros(len(c), dtype=torch.int64, device=c.device)
@@ -214,7 +215,7 @@ def _rd_torch(c, gram, prices, rate_weight, step, slots, sweeps):
         filled += active
         for other in range(slot + 1 if slot else 0): state.settle(other, active)
     for _ in range(sweeps if len(c) else 0):
-        before = filled.clone()                                          # each sweep may add one atom
+        before = filled.clone()  # each sweep may add one atom
         for slot in range(min(int(before.max()) + 1, slots)):
             filled += state.fill(slot, slot <= before) & (slot == before)
     return state.atoms, state.levels
@@ -289,7 +290,7 @@ class SparseAlphabet:
         return torch.where(stopped, -1, K + 1 + 4 * last + min(t // 2, 3) if t % 2 else last)
 
     def level_counts(self, weights: Tensor) -> Tensor:
-        "Tables as from `smooth_counts` to how often each atom had each level [K, 2 L + 1]: `level_prices` of a model."
+        "How often each atom had each level [K, 2 L + 1], for `level_prices`, from tables as of `smooth_counts`."
         K, L = self.num_atoms, self.max_level
         atoms, levels = ((weights - 1).double() / SMOOTHING).split([(K + 1) ** 2, 8 * K * L])
         levels = levels.view(K, 4, 2 * L).sum(1)
@@ -301,7 +302,8 @@ class SparseAlphabet:
         "Codes [N, S] with values that are levels times `step` to symbols [N, 2 S]."
         K, L = self.num_atoms, self.max_level
         level = (code.values / step).round().long().clamp(-L, L)
-        place = F.pad(self.order.argsort(), (0, 1), value=K).to(level.device)[code.indices]   # -1 is the stop
+        # -1 is the stop
+        place = F.pad(self.order.argsort(), (0, 1), value=K).to(level.device)[code.indices]
         place, slots = place.sort(1)
         level = level.gather(1, slots)
         return torch.stack([place, level + L - (level > 0).long()], -1).flatten(1)

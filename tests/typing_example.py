@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from laser import DLVAE, VQVAE, Autoencoder, load_pretrained
+from laser.bottleneck import Bottleneck
+from laser.codec import codes_to_streams
 from laser.models import ModelOutput, list_pretrained
 from laser.sparse_coding import SparseCode, batch_omp
 
@@ -25,6 +27,8 @@ streams = model.compress(images)
 assert_type(streams, list[bytes])
 assert_type(model.decompress(streams), Tensor | list[Tensor])
 
+assert_type(codes_to_streams(model, codes, images.shape[-2:]), list[bytes])
+
 for name in (VQVAE(num_embeddings=16), DLVAE(sparsity_level=2)):
     assert_type(name(images).reconstruction, Tensor)
 
@@ -32,6 +36,11 @@ code = batch_omp(torch.rand(8, 4), torch.eye(4), 2)
 assert_type(code, SparseCode)
 assert_type(code.indices, Tensor)
 assert_type(code.sparsity, int)
+
+class Pairs(Bottleneck):
+    """A bottleneck of one's own sets what the base class leaves at a default."""
+    code_shape = (2,)
+    later_buffers = (*Bottleneck.later_buffers, "means")
 
 model.save_pretrained("folder")
 assert_type(load_pretrained(Path("folder")), Autoencoder)
