@@ -234,7 +234,10 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         if isinstance(bottleneck, nn.Module):
             if options: raise ValueError(f"a bottleneck that is built already takes no options, got {', '.join(options)}")
             self.bottleneck = bottleneck
-        else: self.bottleneck = make_bottleneck(bottleneck, **options)
+        else:
+            self.bottleneck = make_bottleneck(bottleneck, **options)
+            options = {k: bottleneck_options(bottleneck)[k].check(k, v) for k, v in options.items()}      # as JSON holds them
+        self.options = dict(options, **networks)
         D = self.bottleneck.embedding_dim
         self.encoder = Encoder(**networks) if encoder is None else encoder
         self.pre_bottleneck = nn.Conv2d(networks["num_hiddens"], D, 1) if encoder is None else nn.Identity()
@@ -247,7 +250,6 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         self.in_channels, self.downsampling_factor = int(in_channels), int(downsampling_factor)
         self.context = None   # a model of the codes that makes streams shorter: `laser.context.fit_context`
         self.own = [name for name, part in dict(encoder=encoder, decoder=decoder, bottleneck=bottleneck).items() if isinstance(part, nn.Module)]
-        self.options = dict(options, **{k: given[k] for k in network_options()})
 
     @property
     def divisor(self) -> int:
