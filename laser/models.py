@@ -271,7 +271,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
 
     def synthesize(self, quantized: torch.Tensor) -> torch.Tensor:  # quantized [B, D, H/f, W/f]
         "The image on [-1, 1] that belongs to the bottleneck's output."
-        h = self.post_bottleneck(quantized)               # [B, C, H/f, W/f]
+        own = next(self.decoder.parameters(), quantized)  # a model in half precision goes on in it
+        h = self.post_bottleneck(quantized.to(own.dtype))  # [B, C, H/f, W/f]
         return self.decoder(h).float()                    # [B, 3, H, W] on [-1, 1]
 
     def to_image(self, y: torch.Tensor) -> torch.Tensor:  # y [B, 3, H, W] on [-1, 1]

@@ -497,6 +497,9 @@ def make_fabric(
     accelerator = pick_accelerator(config.accelerator)
     if config.precision == "16-mixed" and accelerator != "cuda":
         raise ValueError("train.precision=16-mixed needs a CUDA GPU: on the CPU use bf16-mixed or 32-true")
+    if accelerator == "cpu" and "," in config.devices:
+        count = len(config.devices.split(","))
+        raise ValueError(f"train.devices={config.devices} names GPUs, and this run is on the CPU: say how many processes, train.devices={count}")
     atexit.register(_leave_group)
     return Fabric(accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
