@@ -82,9 +82,10 @@ def nearest(word: str, known: list[str]) -> str:
 
 # %% ../nbs/15_cli.ipynb #0017
 RENAMED = {"model.type": "model", "data.type": "data", "data.dataset": "data", "data.data_dir": "data.root",
-           "model.learning_rate": "train.learning_rate", "model.beta": "train.beta", "model.omp_tolerance": "model.tol",
+           "model.learning_rate": "train.learning_rate", "model.beta": "train.beta",
            "train.seed": "seed"}
-GONE = {"model.compute_fid": "FID is computed after training: laser_evaluate RUN fid=true",
+GONE = {"model.omp_tolerance": "model.rate_weight lets each code stop where another atom does not pay; batch_omp(..., tol=) stops at an error",
+        "model.compute_fid": "FID is computed after training: laser_evaluate RUN fid=true",
         "train.val_check_interval": "validation is once an epoch; checkpoint.every_n_steps saves within one",
         "checkpoint.filename": "a checkpoint is called after its step; checkpoints/best and last lead to two of them"}
 

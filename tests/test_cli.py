@@ -87,7 +87,7 @@ def test_any_text_survives_hydra_and_omegaconf(text):
     ("model=vq", "did you mean model=vqvae?"), ("model=gan", "choose one of vqvae, dlvae"), ("data=my/pictures", "data=folder data.root=my/pictures"),
     ("optimizer=sgd", "there is no key optimizer; there are plugin, output_dir, model"), ("model.sparsity=2", "model.sparsity_level=2"),
     ("vqvae", "'vqvae' is no setting"), ("data.zzz=1", "there are data.root, data.image_size"),
-    ("model.compute_fid=true", "laser_evaluate RUN fid=true"), ("train.val_check_interval=1", "once an epoch"), ("checkpoint.filename=x", "called after its step"),
+    ("model.omp_tolerance=1e-3", "model.rate_weight"), ("model.compute_fid=true", "laser_evaluate RUN fid=true"), ("train.val_check_interval=1", "once an epoch"), ("checkpoint.filename=x", "called after its step"),
 ])
 def test_a_wrong_word_is_an_error_that_names_the_right_one(word, text):
     with pytest.raises(ValueError, match=re.escape(text)): typed(word)
