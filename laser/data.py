@@ -660,7 +660,7 @@ class EpochSampler:
                              f"positive multiple of their number, {world_size}")
         if not 0 <= rank < world_size: raise ValueError(f"rank must be 0 to {world_size - 1}, not {rank}")
         if n < 1 or (drop_last and n < batch_size):
-            raise ValueError(f"there are {n:,} images, fewer than one batch of {batch_size}; lower batch_size or add "
+            raise ValueError(f"there are {n:,} images, fewer than one batch of {batch_size}; lower data.batch_size or add "
                              "images")
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
