@@ -231,6 +231,7 @@ RECIPES = {  # name -> overrides of `laser_train`
     "vq": [*COMMON, "model=vqvae", "model.num_embeddings=512"],
     "pq": [*COMMON, "model=pqvae", "model.num_embeddings=512", "model.num_groups=4", *COUNTED],
     "fsq": [*COMMON, "model=fsqvae", "model.levels=8x8x8x5x5x5"],
+    "fsq-small": [*COMMON, "model=fsqvae", "model.levels=8x5x5x5"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
     "rvq-fixed": [*COMMON, "model=rvqvae", *STAGES, "model.stage_dropout=0.5", "model.commitment_cost=0.05"],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
@@ -255,6 +256,7 @@ CURVES = {  # name -> its recipe and the settings of its points
     "dl, fixed S": ("dl-fixed", [dict(sparsity_level=s) for s in (1, 2, 3, 4)]),
     "pq": ("pq", WEIGHTS),
     "fsq": ("fsq", [dict()]),
+    "fsq, 1000 entries": ("fsq-small", [dict()]),
     "scalar": ("scalar", [dict(rate_weight=w) for w in (0.0125, 0.025, 0.05, 0.1, 0.2)]),
 }
 CEILINGS = {"no bottleneck": "ae", "no bottleneck, no linear path": "ae-layers"}   # what the networks alone reach: no bits
