@@ -110,7 +110,7 @@ class _Neighbourhood(nn.Module):
         return (self.mid(F.relu(u)) + self.place[place(h, w)]).flatten(0, 1)
 
 # %% ../nbs/17_context.ipynb #0012
-DROPOUT = 0.2  # of what the neighbours say, in training
+DROPOUT = 0.1  # of what the neighbours say, in training
 
 class _Network(_Neighbourhood):
     "The context model in training, in floating point. Codes come as signals [B, h, w, M] and symbols [B, h * w, T]."
