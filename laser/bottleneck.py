@@ -83,16 +83,19 @@ def kmeans(
     Sources: Lloyd 1957; Arthur and Vassilvitskii 2007.
     """
     if x.ndim != 2 or not x.is_floating_point() or len(x) == 0:
-        raise ValueError(f"k-means takes a float tensor [N, M] with N >= 1, got {x.dtype} {list(x.shape)}; reshape it to one point a row")
+        raise ValueError("k-means takes a float tensor [N, M] with N >= 1, "
+                         f"got {x.dtype} {list(x.shape)}; reshape it to one point a row")
     if num_clusters < 1 or iters < 1 or restarts < 1:
-        raise ValueError(f"num_clusters, iters and restarts must be at least 1, got {num_clusters}, {iters}, {restarts}")
+        raise ValueError("num_clusters, iters and restarts must be at least 1, "
+                         f"got {num_clusters}, {iters}, {restarts}")
     if not torch.isfinite(x).all():
         raise ValueError("k-means needs finite points: x holds NaN or infinity; drop those rows")
     generator = torch.Generator().manual_seed(seed)
     runs = [_lloyd(x.detach().float(), num_clusters, iters, generator) for _ in range(restarts)]
     centers = min(runs, key=lambda run: run[1])[0]
     if len(centers) < num_clusters:
-        raise ValueError(f"num_clusters={num_clusters} is larger than the number of distinct points, {len(centers)}; "
+        raise ValueError(f"num_clusters={num_clusters} is larger than "
+                         f"the number of distinct points, {len(centers)}; "
                          f"ask for at most {len(centers)} clusters or give more varied data")
     return centers.to(x.dtype)
 
@@ -103,10 +106,12 @@ def code_usage(
 ) -> Tensor:  # [K] int64, how often each entry or atom was chosen
     "How often each of the K entries (VQ) or atoms (DL) was chosen. On the CPU, `ValueError` for an index of K or more."
     indices = (codes.indices if isinstance(codes, SparseCode) else codes).flatten()
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() and indices.max() >= num_embeddings:
-        raise ValueError(f"codes go up to {int(indices.max())}, but num_embeddings is {num_embeddings}; "
+    if (indices.device.type == "cpu" and not torch.compiler.is_compiling()
+        and indices.numel() and indices.max() >= num_embeddings):
+        raise ValueError(f"codes go up to {int(indices.max())}, "
+                         f"but num_embeddings is {num_embeddings}; "
                          "count with the bottleneck that made the codes")
-    slots = torch.where(indices < 0, num_embeddings, indices)               # unused slots go to one extra bin
+    slots = torch.where(indices < 0, num_embeddings, indices)     # unused slots go to one extra bin
     counts = torch.zeros(num_embeddings + 1, dtype=torch.int64, device=indices.device)
     return counts.scatter_add_(0, slots, torch.ones_like(slots))[:num_embeddings]
 
@@ -125,13 +130,14 @@ class BottleneckOutput:
     "What a bottleneck returns for latents [B, C, *spatial]; unpacks as `quantized, codes, loss`."
     quantized: Tensor  # [B, C, *spatial], what the decoder sees, with its gradient rule
     loss: Tensor  # scalar, codebook or dictionary term plus commitment, and what else a method adds
-    codes: Tensor | SparseCode  # indices [B, *grid] or [B, *grid, n], or a SparseCode over [B, *grid, S]
+    codes: Tensor | SparseCode  # indices [B, *grid] or [B, *grid, n], or SparseCode [B, *grid, S]
 
     def __iter__(self): return iter((self.quantized, self.codes, self.loss))
 
     def __repr__(self):
         indices = self.codes.indices if isinstance(self.codes, SparseCode) else self.codes
-        return (f"BottleneckOutput(quantized {list(self.quantized.shape)}, loss {float(self.loss):.4g}, "
+        return (f"BottleneckOutput(quantized {list(self.quantized.shape)}, "
+                f"loss {float(self.loss):.4g}, "
                 f"codes {type(self.codes).__name__} {list(indices.shape)})")
 
 # %% ../nbs/03_bottleneck.ipynb #0024
@@ -154,7 +160,8 @@ def to_patches(
     B, C, *sides = z.shape
     p, n = patch_size, len(sides)
     if any(side % p for side in sides):
-        raise ValueError(f"latents of {'x'.join(map(str, sides))} cannot be cut into {'x'.join([str(p)] * n)} patches; "
+        raise ValueError(f"latents of {'x'.join(map(str, sides))} cannot be cut "
+                         f"into {'x'.join([str(p)] * n)} patches; "
                          "choose a patch_size that divides every side, or pad or crop the images")
     z = z.reshape(B, C, *(size for side in sides for size in (side // p, p)))
     grid, within = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
@@ -169,8 +176,10 @@ def from_patches(
     B, *grid, M = patches.shape
     p, n = patch_size, len(grid)
     z = patches.reshape(B, *grid, M // p**n, *[p] * n)
-    order = [axis for i in range(n) for axis in (1 + i, 2 + n + i)]                  # each grid axis before its own within
-    return z.permute(0, 1 + n, *order).reshape(B, M // p**n, *(side * p for side in grid)).contiguous()
+    # each grid axis before its own within
+    order = [axis for i in range(n) for axis in (1 + i, 2 + n + i)]
+    return (z.permute(0, 1 + n, *order)
+            .reshape(B, M // p**n, *(side * p for side in grid)).contiguous())
 
 # %% ../nbs/03_bottleneck.ipynb #0029
 def _processes():
@@ -382,8 +391,8 @@ class Bottleneck(_Alphabet, _State):
     A subclass gives `encode_signals` and `decode_signals`, and is registered under a name by `@register(name)`.
     """
     name: str | None = None                          # registered name
-    later_buffers: tuple[str, ...] = ("rate_points", "table_counts")  # that folders of version 0.1 do not have
-    rebuilt_buffers: tuple[str, ...] = ()            # averages that a file may leave out, since only training needs them
+    later_buffers: tuple[str, ...] = ("rate_points", "table_counts")  # not in version 0.1's folders
+    rebuilt_buffers: tuple[str, ...] = ()            # averages for training: files may lack them
     __call__: Callable[..., BottleneckOutput]
 
     def __init__(
@@ -391,11 +400,11 @@ class Bottleneck(_Alphabet, _State):
         num_embeddings: int,  # K, entries or atoms
         embedding_dim: int,  # C, channels of the latents
         *,
-        commitment_cost: float = 0.25,  # weight of the term that pulls latents to what stands for them
+        commitment_cost: float = 0.25,  # weight of the term pulling latents to what stands for them
         patch_size: int = 1,  # p: a code stands for p positions along every axis of an image
         num_entries: int | None = None,  # entries that usage is counted over; None: num_embeddings
         init: str = "random",  # "random", or placed from the first training batch: "data", "kmeans"
-        revive_below: float = 0.0,  # an entry used less than this part of an equal share is dead; 0: never
+        revive_below: float = 0.0,  # entries below this part of an equal share are dead; 0: never
         usage_decay: float = 0.99,  # of the running average of usage
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
@@ -403,30 +412,36 @@ class Bottleneck(_Alphabet, _State):
         if min(num_embeddings, embedding_dim, patch_size) < 1:
             raise ValueError("num_embeddings, embedding_dim and patch_size must be at least 1, "
                              f"got {num_embeddings}, {embedding_dim} and {patch_size}")
-        if not commitment_cost >= 0: raise ValueError(f"commitment_cost must be at least 0, got {commitment_cost}")
-        self.num_embeddings, self.embedding_dim, self.patch_size = num_embeddings, embedding_dim, patch_size
+        if not commitment_cost >= 0:
+            raise ValueError(f"commitment_cost must be at least 0, got {commitment_cost}")
+        self.num_embeddings, self.embedding_dim, self.patch_size = (
+            num_embeddings, embedding_dim, patch_size)
         self.signal_dim, self.commitment_cost = embedding_dim * patch_size**2, commitment_cost
         self.register_buffer("rate_points", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("table_counts", torch.zeros(0, 0, dtype=torch.int64))
 
     def encode_signals(self, signals: Tensor):
         "Signals [N, M] to codes: integers [N] or [N, n], or a SparseCode [N, S]; -1 for an unused step or stage."
-        raise NotImplementedError(f"{type(self).__name__} needs encode_signals(signals [N, M]) -> codes")
+        raise NotImplementedError(
+            f"{type(self).__name__} needs encode_signals(signals [N, M]) -> codes")
 
     def decode_signals(self, codes) -> Tensor:
         "Codes of N signals to what stands for them [N, M], differentiable in the parameters."
         raise NotImplementedError(f"{type(self).__name__} needs decode_signals(codes) -> [N, M]")
 
-    def initialize(self, signals: Tensor) -> None: "Place the entries, from the first training batch [N, M]."
+    def initialize(self, signals: Tensor) -> None:
+        "Place the entries, from the first training batch [N, M]."
     def training_codes(self, signals: Tensor): return self.encode_signals(signals)
     def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
         "After a training batch was coded; `counts` [num_entries] are its uses, summed over all processes."
     def after_step(self) -> None: "After the optimiser's step."
-    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor: return straight_through(signals, decoded)
+    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
+        return straight_through(signals, decoded)
 
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
         loss = self.commitment_cost * F.mse_loss(signals, decoded.detach())
-        return loss if next(self.parameters(), None) is None else loss + F.mse_loss(decoded, signals.detach())
+        return (loss if next(self.parameters(), None) is None
+                else loss + F.mse_loss(decoded, signals.detach()))
 
     def code_entries(self, codes) -> Tensor:
         "The entries (0 to num_entries - 1) that codes name, for counting; -1 is not counted."
@@ -443,13 +458,15 @@ class Bottleneck(_Alphabet, _State):
 
     def forward(self, z: Tensor) -> BottleneckOutput:
         "Latents [B, C, *spatial] to `BottleneckOutput`; float32 inside, also under autocast."
-        if self.training and torch.compiler.is_compiling():    # numbers of Python that change with each batch would compile anew
+        # numbers of Python that change with each batch would compile anew
+        if self.training and torch.compiler.is_compiling():
             return torch.compiler.disable(self._train_pass)(z)
         return self._train_pass(z) if self.training else self._pass(z)
 
     def _train_pass(self, z):
         "A pass that learns, or, within a backward pass, its repetition for activation checkpointing, which does not."
-        if self._before is None or torch._C._current_graph_task_id() < 0: return self._pass(z, learn=True)
+        if self._before is None or torch._C._current_graph_task_id() < 0:
+            return self._pass(z, learn=True)
         with self._as_before(): return self._pass(z)
 
     def _pass(self, z, learn=False):
@@ -463,9 +480,11 @@ class Bottleneck(_Alphabet, _State):
             codes = self.training_codes(signals) if self.training else self.encode_signals(signals)
             decoded = self.decode_signals(codes)                               # [N, M]
             loss = self.losses(signals, decoded)
-            q = from_patches(self.with_gradient(signals, decoded).view(patches.shape), self.patch_size)
+            q = from_patches(self.with_gradient(signals, decoded).view(patches.shape),
+                             self.patch_size)
             if learn: self._learn(_tame(signals), _tame(decoded), codes)
-        return BottleneckOutput(q, loss, codes.detach().reshape(*patches.shape[:-1], *self.code_shape))
+        return BottleneckOutput(q, loss,
+                                codes.detach().reshape(*patches.shape[:-1], *self.code_shape))
 
     @torch.no_grad()
     def encode(self, z: Tensor):
@@ -473,7 +492,8 @@ class Bottleneck(_Alphabet, _State):
         z = self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             patches = to_patches(z, self.patch_size)
-            return self.encode_signals(patches.flatten(0, -2)).reshape(*patches.shape[:-1], *self.code_shape)
+            return self.encode_signals(patches.flatten(0, -2)).reshape(
+                *patches.shape[:-1], *self.code_shape)
 
     def decode_codes(self, codes) -> Tensor:
         "Codes over [B, *grid] to latents [B, C, *spatial]: in eval mode, `forward(z).quantized` to the bit."
@@ -497,17 +517,22 @@ class Bottleneck(_Alphabet, _State):
     def _check(self, z):
         "`z` in float32 (float64 if the module is), or an error that says how to mend it."
         if z.ndim < 2 or z.shape[1] != self.embedding_dim:
-            raise ValueError(f"expected latents [B, {self.embedding_dim}, *spatial], got {list(z.shape)}; "
-                             f"put a 1x1 convolution to {self.embedding_dim} channels before the bottleneck, "
-                             f"or build it with embedding_dim={z.shape[1] if z.ndim > 1 else '<channels>'}")
+            raise ValueError(f"expected latents [B, {self.embedding_dim}, *spatial], "
+                             f"got {list(z.shape)}; put a 1x1 convolution to "
+                             f"{self.embedding_dim} channels before the bottleneck, or build it "
+                             f"with embedding_dim={z.shape[1] if z.ndim > 1 else '<channels>'}")
         if self.patch_size > 1 and z.ndim != 4:
-            raise ValueError(f"patches of latents are for images [B, C, H, W], got {list(z.shape)}; use patch_size=1")
-        if not z.is_floating_point(): raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
+            raise ValueError("patches of latents are for images [B, C, H, W], "
+                             f"got {list(z.shape)}; use patch_size=1")
+        if not z.is_floating_point():
+            raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
         if self.training and z.numel() == 0:
-            raise ValueError(f"the latents are empty, {list(z.shape)}: nothing to learn from; skip this batch")
+            raise ValueError(f"the latents are empty, {list(z.shape)}: "
+                             "nothing to learn from; skip this batch")
         if not _finite(z):
-            raise ValueError("the latents hold NaN or infinity: lower the learning rate, clip the gradient, "
-                             "or, in float16, use a loss scaler; torch.autograd.set_detect_anomaly(True) finds the first one")
+            raise ValueError("the latents hold NaN or infinity: lower the learning rate, "
+                             "clip the gradient, or, in float16, use a loss scaler; "
+                             "torch.autograd.set_detect_anomaly(True) finds the first one")
         return z.to(torch.promote_types(self.ema_counts.dtype, torch.float32))
 
     def _load_from_state_dict(self, state, prefix, *args, **kwargs):
@@ -517,7 +542,8 @@ class Bottleneck(_Alphabet, _State):
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in bottleneck_options(type(self)) if hasattr(self, name))
+        return ", ".join(f"{name}={getattr(self, name)!r}"
+                         for name in bottleneck_options(type(self)) if hasattr(self, name))
 
 # %% ../nbs/03_bottleneck.ipynb #a946880b
 BOTTLENECKS: dict[str, type] = {}  # registered name -> class
@@ -528,10 +554,13 @@ def register(
     "Class decorator: register a `Bottleneck` under a name. `ValueError` where another class has it."
     def wrap(cls):
         taken = BOTTLENECKS.get(name)
-        again = taken is not None and taken.__qualname__ == cls.__qualname__ and ("__main__" in (taken.__module__, cls.__module__)
-                                                                                 or taken.__module__ == cls.__module__)
-        if taken is not None and not again:                # a notebook may define again what it or its module has defined
-            raise ValueError(f"the name {name!r} belongs to {taken.__module__}.{taken.__qualname__}; choose another")
+        again = (taken is not None and taken.__qualname__ == cls.__qualname__
+                 and ("__main__" in (taken.__module__, cls.__module__)
+                      or taken.__module__ == cls.__module__))
+        # a notebook may define again what it or its module has defined
+        if taken is not None and not again:
+            raise ValueError(f"the name {name!r} belongs to "
+                             f"{taken.__module__}.{taken.__qualname__}; choose another")
         cls.name, BOTTLENECKS[name] = name, cls
         return cls
     return wrap
@@ -561,11 +590,14 @@ class Option:
 
     def check(self, name: str, value) -> Any:
         "The value as a plain Python number, string or None. `TypeError` names the option and what it takes."
-        if hasattr(value, "tolist"): value = value.tolist()                     # numbers of NumPy and torch
+        if hasattr(value, "tolist"): value = value.tolist()             # numbers of NumPy and torch
         kinds = get_args(self.type) if get_origin(self.type) in (UnionType, Union) else (self.type,)
-        if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds: value = float(value)
+        if (isinstance(value, int) and not isinstance(value, bool)
+            and float in kinds and int not in kinds):
+            value = float(value)
         plain = tuple(k for k in kinds if isinstance(k, type))
-        if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
+        if plain and (not isinstance(value, plain)
+                      or (isinstance(value, bool) and bool not in plain)):
             wanted = " or ".join("None" if k is type(None) else k.__name__ for k in plain)
             raise TypeError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
         return value
@@ -589,7 +621,8 @@ def bottleneck_options(
     bottleneck: str | type,  # registered name, or the class
 ) -> dict[str, Option]:
     "The options of a bottleneck, in the order of its signature."
-    return signature_options(bottleneck_class(bottleneck) if isinstance(bottleneck, str) else bottleneck)
+    return signature_options(bottleneck_class(bottleneck)
+                             if isinstance(bottleneck, str) else bottleneck)
 
 # %% ../nbs/03_bottleneck.ipynb #366fba31
 def make_bottleneck(
@@ -600,9 +633,11 @@ def make_bottleneck(
     known = bottleneck_options(name)
     for key in options.keys() - known.keys():
         near = get_close_matches(key, known, 1)
-        raise ValueError(f"bottleneck {name!r} has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        raise ValueError(f"bottleneck {name!r} has no option {key!r}"
+                         + (f"; did you mean {near[0]!r}?" if near else "")
                          + f" It takes {', '.join(known)}")
-    return bottleneck_class(name)(**{key: known[key].check(key, value) for key, value in options.items()})
+    return bottleneck_class(name)(**{key: known[key].check(key, value)
+                                     for key, value in options.items()})
 
 # %% ../nbs/03_bottleneck.ipynb #0049
 def smoothed_counts(
@@ -637,13 +672,16 @@ class VectorQuantizer(Bottleneck):
         rate_weight: float = 0.0,  # squared error on a latent that one bit is worth (lambda); 0: the nearest entry
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
-        if decay and not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, or be None, got {decay}")
+        if decay and not 0 < decay < 1:
+            raise ValueError(f"decay must lie between 0 and 1, or be None, got {decay}")
         super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, init=init,
                          revive_below=revive_below, seed=seed, usage_decay=decay or 0.99)
-        if not rate_weight >= 0: raise ValueError(f"rate_weight must be at least 0, got {rate_weight}")
+        if not rate_weight >= 0:
+            raise ValueError(f"rate_weight must be at least 0, got {rate_weight}")
         self.decay, self.epsilon, self.rate_weight = decay or None, epsilon, rate_weight
         start = torch.randn(num_embeddings, embedding_dim, generator=self._generator())
-        self.register_buffer("expected", torch.zeros(num_embeddings))   # uses that an equal share had since its last
+        # uses that an equal share had since its last
+        self.register_buffer("expected", torch.zeros(num_embeddings))
         if self.decay:
             self.register_buffer("codebook", start)
             self.register_buffer("ema_sums", start.clone())
@@ -655,17 +693,22 @@ class VectorQuantizer(Bottleneck):
     def encode_signals(self, signals: Tensor) -> Tensor:
         "Signals [N, D] to the index of the nearest entry [N], or of the one of least error + rate_weight * bits."
         if not self.rate_weight: return nearest_entry(signals.detach(), self.codebook.detach())
-        fitted = len(self.rate_points) and not self.training               # in training, prices follow the usage
-        bits = self.symbol_bits() if fitted else rate.table_bits(rate.smooth_counts(self.ema_counts), self.table_sizes())
-        return rate.nearest_entry_rd(signals.detach(), self.codebook.detach(), bits, self.rate_weight)
+        fitted = len(self.rate_points) and not self.training  # in training, prices follow the usage
+        bits = (self.symbol_bits() if fitted
+                else rate.table_bits(rate.smooth_counts(self.ema_counts), self.table_sizes()))
+        return rate.nearest_entry_rd(signals.detach(), self.codebook.detach(),
+                                     bits, self.rate_weight)
 
     def decode_signals(self, codes: Tensor) -> Tensor:
         "Indices [N] to entries [N, D]. On the CPU, `ValueError` for an index that is no entry."
-        visible = codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel() > 0
+        visible = (codes.device.type == "cpu"
+                   and not torch.compiler.is_compiling() and codes.numel() > 0)
         if visible and not 0 <= codes.min() <= codes.max() < self.num_embeddings:
-            raise ValueError(f"codes must lie in 0..{self.num_embeddings - 1}, got {int(codes.min())}..{int(codes.max())}; "
+            raise ValueError(f"codes must lie in 0..{self.num_embeddings - 1}, "
+                             f"got {int(codes.min())}..{int(codes.max())}; "
                              "decode with the bottleneck that made them")
-        return F.embedding(codes, self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32)))
+        return F.embedding(codes, self.codebook.to(
+            torch.promote_types(self.codebook.dtype, torch.float32)))
 
     def initialize(self, signals: Tensor) -> None:
         self.set_codebook(first_rows(signals, self.num_embeddings, self.init, self._generator()))
@@ -673,8 +716,10 @@ class VectorQuantizer(Bottleneck):
     @torch.no_grad()
     def set_codebook(self, entries: Tensor) -> None:
         "Put `entries` [k, D], k <= K, first in the codebook, restart its averages, and keep it from being initialised again."
-        if entries.ndim != 2 or entries.shape[1] != self.embedding_dim or len(entries) > self.num_embeddings:
-            raise ValueError(f"expected entries [at most {self.num_embeddings}, {self.embedding_dim}], got {list(entries.shape)}")
+        if (entries.ndim != 2 or entries.shape[1] != self.embedding_dim
+            or len(entries) > self.num_embeddings):
+            raise ValueError(f"expected entries [at most {self.num_embeddings}, "
+                             f"{self.embedding_dim}], got {list(entries.shape)}")
         self.codebook[:len(entries)] = entries
         self.ema_counts.fill_(1)
         if self.decay: self.ema_sums.copy_(self.codebook)
@@ -683,17 +728,22 @@ class VectorQuantizer(Bottleneck):
     def learn(self, signals: Tensor, decoded: Tensor, codes: Tensor, counts: Tensor) -> None:
         "Move the averages and the codebook by one batch, then revive the dead."
         if self.decay:
-            sums = torch.zeros_like(self.codebook).index_add_(0, codes, signals.to(self.codebook.dtype))
+            sums = torch.zeros_like(self.codebook).index_add_(
+                0, codes, signals.to(self.codebook.dtype))
             self.ema_sums.lerp_(_over_processes(sums), 1 - self.decay)
-            self.codebook.copy_(self.ema_sums / smoothed_counts(self.ema_counts, self.epsilon)[:, None])
+            self.codebook.copy_(self.ema_sums
+                                / smoothed_counts(self.ema_counts, self.epsilon)[:, None])
         if self.revive_below: self._revive(signals, counts)
 
     def _revive(self, signals, counts):
         "Dead entries become latents of this batch, with an equal share to start from."
         share = self.ema_counts.mean()
-        self.expected.copy_(torch.where(counts > 0, 0, self.expected + counts.sum() / self.num_embeddings))
-        dead = (self.ema_counts < self.revive_below * share) | (self.revive_below * self.expected > PATIENCE)
-        fresh = _rows_at(signals, _spread(self.num_embeddings, self._generator())).to(self.codebook.dtype)
+        self.expected.copy_(torch.where(counts > 0, 0,
+                                        self.expected + counts.sum() / self.num_embeddings))
+        dead = ((self.ema_counts < self.revive_below * share)
+                | (self.revive_below * self.expected > PATIENCE))
+        fresh = _rows_at(signals, _spread(self.num_embeddings, self._generator())).to(
+            self.codebook.dtype)
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
         self.expected.masked_fill_(dead, 0)
@@ -713,7 +763,8 @@ def coherence(
 ) -> Tensor:  # scalar, 0 (orthogonal atoms) to 1 (all parallel)
     "Mean squared cosine between different atoms: the orthogonality penalty. 0 for a single atom."
     M, K = dictionary.shape
-    small = dictionary.T @ dictionary if K < M else dictionary @ dictionary.T   # the same Frobenius norm
+    # the same Frobenius norm
+    small = dictionary.T @ dictionary if K < M else dictionary @ dictionary.T
     diagonal = dictionary.square().sum(0).square().sum()                        # K for unit atoms
     return (small.square().sum() - diagonal).clamp_min(0) / max(K * (K - 1), 1)
 
@@ -812,16 +863,20 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if revive_below is None: revive_below = 0.01 if rate_weight else 0.3
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
+        super().__init__(num_embeddings, embedding_dim,
+                         commitment_cost=commitment_cost, patch_size=patch_size,
                          init=init, revive_below=revive_below, seed=seed)
-        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coefficient_bits, rate_weight, step, max_level)
+        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient,
+                               coefficient_bits, rate_weight, step, max_level)
         self.sparsity_level, self.method, self.diversity = sparsity_level, method, diversity
-        self.gradient, self.coefficient_bits, self.coherence_penalty = gradient, coefficient_bits, coherence_penalty
+        self.gradient, self.coefficient_bits, self.coherence_penalty = (
+            gradient, coefficient_bits, coherence_penalty)
         self.rate_weight, self.step, self.max_level = rate_weight, step, max_level
         self.register_buffer("coefficient_limits", torch.zeros(sparsity_level))
-        self.register_buffer("level_counts", torch.zeros(num_embeddings, 2 * max_level + 1))   # of the last 100 batches or so
+        # of the last 100 batches or so
+        self.register_buffer("level_counts", torch.zeros(num_embeddings, 2 * max_level + 1))
         start = torch.randn(self.signal_dim, num_embeddings, generator=self._generator())
-        self._unit = None                                                  # the parameter, and the version of it, known to have unit norm
+        self._unit = None            # the parameter, and the version of it, known to have unit norm
         self.register_parameter("dictionary", nn.Parameter(normalize_atoms(start)))
 
     later_buffers = (*Bottleneck.later_buffers, "level_counts")
@@ -833,7 +888,8 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         dictionary = self._parameters.get("dictionary")
         if dictionary is None: raise AttributeError("dictionary")          # before it is registered
         if torch.compiler.is_compiling(): return dictionary
-        version = lambda: (id(dictionary), None if dictionary.is_inference() else dictionary._version)
+        version = lambda: (id(dictionary),
+                           None if dictionary.is_inference() else dictionary._version)
         if self._unit != version():
             with torch.no_grad(): dictionary.copy_(_on_sphere(dictionary))
             self._unit = version()
@@ -850,7 +906,8 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
     def _atoms(self):
         "Unit atoms [M, K] for one forward pass, in float32 at least. The parameter itself is left alone."
         atoms = self._parameters["dictionary"]
-        if torch.is_grad_enabled(): atoms = atoms.clone()    # the graph keeps this copy, so the parameter may be moved in place
+        # the graph keeps this copy, so the parameter may be moved in place
+        if torch.is_grad_enabled(): atoms = atoms.clone()
         return _on_sphere(atoms.to(torch.promote_types(atoms.dtype, torch.float32)))
 
     def encode_signals(self, signals: Tensor) -> SparseCode:
@@ -862,28 +919,33 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
     def _code(self, signals, track=False):
         atoms = self._atoms()
         if not _finite(atoms):
-            raise ValueError("the dictionary holds NaN or infinity: lower the learning rate or clip the gradient, "
-                             "and go back to a checkpoint")
+            raise ValueError("the dictionary holds NaN or infinity: lower the learning rate "
+                             "or clip the gradient, and go back to a checkpoint")
         if self.rate_weight:
-            code = rate.rd_pursuit(signals.detach(), atoms.detach(), self._prices(), self.rate_weight,
+            code = rate.rd_pursuit(signals.detach(), atoms.detach(),
+                                   self._prices(), self.rate_weight,
                                    self.level_width, self.sparsity_level)
             if track: self._track_levels(code)
             return code
         with torch.no_grad():
-            code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level, method=self.method, diversity=self.diversity,
-                             check_finite=False)                           # both have just been looked at
+            code = batch_omp(signals.detach(), atoms.detach(), self.sparsity_level,
+                             method=self.method, diversity=self.diversity,
+                             check_finite=False)                     # both have just been looked at
             if track: self._track_limits(code)
         if self.gradient == "refit" and torch.is_grad_enabled():
-            code = SparseCode(code.indices, straight_through(refit(signals, atoms, code.indices), code.values))
+            code = SparseCode(code.indices,
+                              straight_through(refit(signals, atoms, code.indices), code.values))
         if self.coefficient_bits is not None and code.values.numel() > 0:
-            rounded = quantize_coefficients(code.detach(), self.coefficient_bits, self._limits(code))
+            rounded = quantize_coefficients(code.detach(), self.coefficient_bits,
+                                            self._limits(code))
             code = SparseCode(code.indices, straight_through(code.values, rounded.values))
         return code
 
     def _limits(self, code=None):
         "[S] the range of each slot; of one that training never saw, that of these codes."
         limits = self.coefficient_limits[:self.sparsity_level].float()
-        return limits if code is None else torch.where(limits > 0, limits.to(code.values.dtype), coefficient_limit(code.detach()))
+        return limits if code is None else torch.where(
+            limits > 0, limits.to(code.values.dtype), coefficient_limit(code.detach()))
 
     def decode_signals(self, codes: SparseCode) -> Tensor:
         "Sparse codes [N, S] to the sums of their atoms [N, M]."
@@ -891,17 +953,20 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
 
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
         loss = super().losses(signals, decoded)
-        return loss + self.coherence_penalty * coherence(self._atoms()) if self.coherence_penalty else loss
+        return (loss + self.coherence_penalty * coherence(self._atoms())
+                if self.coherence_penalty else loss)
 
     def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
-        return straight_through(signals, decoded) if self.gradient == "straight_through" else decoded
+        return (straight_through(signals, decoded)
+                if self.gradient == "straight_through" else decoded)
 
     @torch.no_grad()
     def set_dictionary(self, atoms: Tensor) -> None:
         "Put `atoms` [M, k], k <= K, first in the dictionary, at unit norm, and keep it from being initialised again."
-        if atoms.ndim != 2 or len(atoms) != len(self.dictionary) or atoms.shape[1] > self.num_embeddings:
-            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most {self.num_embeddings}], one a column, "
-                             f"got {list(atoms.shape)}")
+        if (atoms.ndim != 2 or len(atoms) != len(self.dictionary)
+            or atoms.shape[1] > self.num_embeddings):
+            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most "
+                             f"{self.num_embeddings}], one a column, got {list(atoms.shape)}")
         self.dictionary[:, :atoms.shape[1]] = normalize_atoms(atoms)
         self.ema_counts.fill_(1)
         self._placed()
@@ -913,16 +978,20 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
             moments = _over_processes((signals.T @ signals).double())
             axes = torch.linalg.eigh(moments)[1].flip(1).T[:self.num_embeddings].to(signals)
             main = axes[:len(axes) // 4]
-            signals, init = signals - signals @ main.T @ main, "data"     # directions of what a few axes leave
+            # directions of what a few axes leave
+            signals, init = signals - signals @ main.T @ main, "data"
         norm = torch.linalg.vector_norm(signals, dim=1, keepdim=True)
-        rows = first_rows(torch.where(norm > 0, signals / norm, 0), self.num_embeddings - len(axes), init, self._generator())
-        rows = rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3]         # a zero signal has no direction
+        rows = first_rows(torch.where(norm > 0, signals / norm, 0),
+                          self.num_embeddings - len(axes), init, self._generator())
+        rows = rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3]   # a zero signal has no direction
         self.set_dictionary(torch.cat([axes, rows]).T)
 
     def _track_limits(self, code):
         "The largest coefficient of each slot: up at once, down by a hundredth of the difference a batch."
-        largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(self.coefficient_limits.dtype)
-        self.coefficient_limits.copy_(torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
+        largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(
+            self.coefficient_limits.dtype)
+        self.coefficient_limits.copy_(
+            torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
 
     @torch.no_grad()
     def _track_levels(self, code):
@@ -940,11 +1009,13 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         energy = rows.square().sum(1)
         share = self.ema_counts.mean()
         replace = (self.ema_counts[atoms] < self.revive_below * share) & (errors > 1e-6 * energy)
-        fresh = (rows / energy.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).T.to(self.dictionary.dtype)
+        fresh = (rows / energy.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).T.to(
+            self.dictionary.dtype)
         self.dictionary[:, atoms] = torch.where(replace, fresh, self.dictionary[:, atoms])
         self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
-        if self.rate_weight:                                    # at the price of its former self a new atom would never be chosen
-            self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0), self.level_counts[atoms])
+        if self.rate_weight:      # at the price of its former self a new atom would never be chosen
+            self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0),
+                                                   self.level_counts[atoms])
 
     @property
     def candidates(self) -> int: return self.num_embeddings * self.sparsity_level
@@ -953,5 +1024,7 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         """S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous, or, where bits count, the
         most that a code can take without tables. One code covers p x p latents."""
         if self.rate_weight:
-            return self.sparsity_level * (rate.nominal_bits(self.num_embeddings + 1) + rate.nominal_bits(2 * self.max_level))
-        return self.sparsity_level * ((self.num_embeddings - 1).bit_length() + (self.coefficient_bits or 32))
+            return self.sparsity_level * (rate.nominal_bits(self.num_embeddings + 1)
+                                          + rate.nominal_bits(2 * self.max_level))
+        return self.sparsity_level * ((self.num_embeddings - 1).bit_length()
+                                      + (self.coefficient_bits or 32))

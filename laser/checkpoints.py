@@ -46,12 +46,14 @@ def write_beside(
     "`with write_beside(path) as new:` make the file or folder `new`; at the end it is `path`. After an error nothing has changed."
     path = Path(path)
     new, old = (path.with_name(f".{path.name}.{word}") for word in ("writing", "old"))
-    if old.exists() and not path.exists(): os.replace(old, path)   # a process was killed between the two moves below
+    # a process was killed between the two moves below
+    if old.exists() and not path.exists(): os.replace(old, path)
     try:
-        remove(new)                                                # left by a process that was killed while writing
+        remove(new)                                # left by a process that was killed while writing
         yield new
         for file in (*sorted(new.rglob("*")), new): flush_to_disk(file)
-        if path.is_dir() and not path.is_symlink(): os.replace(path, old)  # a folder that is not empty cannot be replaced
+        # a folder that is not empty cannot be replaced
+        if path.is_dir() and not path.is_symlink(): os.replace(path, old)
         os.replace(new, path)
         flush_to_disk(path.parent)
     except BaseException:
@@ -80,7 +82,7 @@ def _lock(file) -> None:
     "Lock an open file for this process, or raise OSError at once."
     if os.name == "nt":
         import msvcrt
-        file.seek(1 << 30)                            # a locked byte cannot be read: take one that is not there
+        file.seek(1 << 30)                # a locked byte cannot be read: take one that is not there
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -95,18 +97,20 @@ def claim(
 ) -> Iterator[None]:
     "`with claim(folder):` no other process that claims it works there; `FolderInUse` says who does."
     folder = Path(folder).resolve()
-    if folder in _claimed:                            # a command claims for all its runs: the run within it has it already
+    if folder in _claimed:     # a command claims for all its runs: the run within it has it already
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/"run.lock", "a+", encoding="utf-8") as file:
         try: _lock(file)
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK): pass  # a file system without locks
+            # a file system without locks
+            if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK): pass
             else:
                 file.seek(0)
-                raise FolderInUse(f"{folder} is in use by {file.read(200) or 'another process'}: give this run a folder of "
-                                  "its own with output_dir=... (and checkpoint.dirpath=..., where that is set)") from None
+                raise FolderInUse(f"{folder} is in use by {file.read(200) or 'another process'}: "
+                                  "give this run a folder of its own with output_dir=... (and "
+                                  "checkpoint.dirpath=..., where that is set)") from None
         file.truncate(0)
         file.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
@@ -129,19 +133,23 @@ def set_rng_state(
     "Put every generator back."
     random.setstate((3, tuple(state["python"]), None))
     pos, has_gauss, gauss = state["numpy_rest"]
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(pos), int(has_gauss), gauss))
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(pos),
+                         int(has_gauss), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]): torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../nbs/09_checkpoints.ipynb #0032
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)   # torch.save reports a full disk as a RuntimeError
+# torch.save reports a full disk as a RuntimeError
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 class CheckpointError(OSError):
     "A checkpoint could not be written; the message says what remains."
 
 def gone(folder: Path) -> str:
     "What to say when a run's folder was deleted or moved under way."
-    return f"{folder} is gone, deleted or moved while the run wrote to it: put it back and resume, or start anew"
+    return (f"{folder} is gone, deleted or moved while the run wrote to it: put it back and "
+            "resume, or start anew")
 
 # %% ../nbs/09_checkpoints.ipynb #0034
 INDEX, STEP_NAME = "checkpoints.json", re.compile(r"step-(\d{8,12})")
@@ -152,13 +160,19 @@ def read_index(
 ) -> dict:  # last (a name or None), best (likewise), values (name -> number), made (names)
     "What checkpoints.json says; `ValueError` if it is damaged or names anything but a checkpoint of this folder."
     path = folder/INDEX
-    advice = f"delete it, and resume from one checkpoint by name, such as train.resume={folder/'step-00000100'}"
+    advice = ("delete it, and resume from one checkpoint by name, such as "
+              f"train.resume={folder/'step-00000100'}")
     stored = read_json(path, advice)
-    index = {k: stored.get(k, empty) for k, empty in (("last", None), ("best", None), ("values", {}))}
-    numbers = isinstance(index["values"], dict) and all(type(v) in (int, float) for v in index["values"].values())
-    index["made"] = stored.get("made", [*index["values"], index["last"]] if numbers and index["last"] else [])
-    if not numbers or not isinstance(index["made"], list): raise ValueError(f"{path} is damaged: {advice}")
-    for name in (*index["values"], *index["made"], *(index[k] for k in ("last", "best") if index[k] is not None)):
+    index = {k: stored.get(k, empty)
+             for k, empty in (("last", None), ("best", None), ("values", {}))}
+    numbers = (isinstance(index["values"], dict)
+               and all(type(v) in (int, float) for v in index["values"].values()))
+    index["made"] = stored.get("made", [*index["values"], index["last"]]
+                               if numbers and index["last"] else [])
+    if not numbers or not isinstance(index["made"], list):
+        raise ValueError(f"{path} is damaged: {advice}")
+    for name in (*index["values"], *index["made"],
+                 *(index[k] for k in ("last", "best") if index[k] is not None)):
         if not (isinstance(name, str) and STEP_NAME.fullmatch(name)):
             raise ValueError(f"{path} is damaged ({name!r:.80} is no checkpoint's name): {advice}")
     return index
@@ -173,7 +187,8 @@ class Checkpoints:
         save_top_k: int = 1,     # how many of the best to keep
         save_last: bool = True,  # keep the newest too
     ):
-        self.folder, self.monitor, self.mode, self.save_top_k, self.save_last = Path(folder), monitor, mode, save_top_k, save_last
+        (self.folder, self.monitor, self.mode, self.save_top_k, self.save_last
+         ) = Path(folder), monitor, mode, save_top_k, save_last
         self.last, self.values, self.made = None, {}, []          # what the index holds
         if (self.folder/INDEX).is_file():
             index = read_index(self.folder)
@@ -193,7 +208,8 @@ class Checkpoints:
     def left(self) -> str:
         "What there is to go back to, for an error."
         there = self.last and (self.folder/self.last).is_dir()
-        return f"the last good checkpoint is {self.folder/self.last}" if there else "there is no earlier checkpoint"
+        return (f"the last good checkpoint is {self.folder/self.last}" if there
+                else "there is no earlier checkpoint")
 
     def forget_after(self, step: int) -> None:
         "Drop what was noted after a step, when a run goes back to it."
@@ -203,10 +219,12 @@ class Checkpoints:
         "Make a checkpoint with `write(folder)`; `value` is the monitored number if the model has just been validated."
         name = f"step-{step:08d}"
         try:
-            if self.made and not self.folder.is_dir(): raise FileNotFoundError(gone(self.folder))   # not made again: its links and logs went with it
+            # not made again: its links and logs went with it
+            if self.made and not self.folder.is_dir(): raise FileNotFoundError(gone(self.folder))
             self.folder.mkdir(parents=True, exist_ok=True)
             if name not in self.made:
-                if (self.folder/name).exists(): raise OSError("this run has not made what lies there")
+                if (self.folder/name).exists():
+                    raise OSError("this run has not made what lies there")
                 self.made.append(name)
                 self.write_index()
             with write_beside(self.folder/name) as new:
@@ -215,7 +233,8 @@ class Checkpoints:
                 write_digests(new)
             if value is not None and math.isfinite(value): self.values[name] = value
             kept = set(self.ranked()[:self.save_top_k])
-            if self.save_last or value is None or not kept: kept.add(name)  # without a value it was asked for: by Ctrl-C, or within an epoch
+            # without a value it was asked for: by Ctrl-C, or within an epoch
+            if self.save_last or value is None or not kept: kept.add(name)
             self.last, self.values = max(kept), {k: v for k, v in self.values.items() if k in kept}
             self.write_index()
             for link, target in (("last", self.last), ("best", self.best)): self.link(link, target)
@@ -234,29 +253,36 @@ class Checkpoints:
     def error(self, name: str, e: Exception) -> CheckpointError:
         "What a person should know who finds the disk full."
         if self.made and not self.folder.is_dir(): return CheckpointError(gone(self.folder))
-        return CheckpointError(f"could not write the checkpoint {self.folder/name}: {getattr(e, 'strerror', None) or e}; {self.left()}. "
-                               "Free some space or set checkpoint.dirpath to a folder that can be written, then resume")
+        return CheckpointError(f"could not write the checkpoint {self.folder/name}: "
+                               f"{getattr(e, 'strerror', None) or e}; {self.left()}. Free some "
+                               "space or set checkpoint.dirpath to a folder that can be written, "
+                               "then resume")
 
     def write_index(self) -> None:
         "Bring checkpoints.json up to date."
-        values = dict(last=self.last, best=self.best, monitor=self.monitor, mode=self.mode, values=self.values, made=self.made)
-        with write_beside(self.folder/INDEX) as new: new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        values = dict(last=self.last, best=self.best, monitor=self.monitor, mode=self.mode,
+                      values=self.values, made=self.made)
+        with write_beside(self.folder/INDEX) as new:
+            new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def clean(self, kept: Optional[set[str]] = None) -> None:
         "Remove the folders of this run that are not kept (by default: that are neither ranked nor the last), and what a kill left of them."
         kept = {*self.values, self.last} if kept is None else kept
         for name in self.made:
             old = self.folder/f".{name}.old"
-            if name in kept and old.exists() and not (self.folder/name).exists(): os.replace(old, self.folder/name)
+            if name in kept and old.exists() and not (self.folder/name).exists():
+                os.replace(old, self.folder/name)
             for place in (f".{name}.writing", f".{name}.old", *([] if name in kept else [name])):
                 shutil.rmtree(self.folder/place, ignore_errors=True)
         self.made = sorted(kept.intersection(self.made))
 
     def link(self, link: str, target: Optional[str]) -> None:
         "Point a link at a checkpoint; systems without links do without, and anything else of that name stays."
-        if target is None or (os.path.lexists(self.folder/link) and not (self.folder/link).is_symlink()): return
+        if target is None or (os.path.lexists(self.folder/link)
+                              and not (self.folder/link).is_symlink()): return
         try:
-            with write_beside(self.folder/link) as new: os.symlink(target, new, target_is_directory=True)
+            with write_beside(self.folder/link) as new:
+                os.symlink(target, new, target_is_directory=True)
         except OSError: pass
 
 # %% ../nbs/09_checkpoints.ipynb #0044
@@ -267,15 +293,17 @@ def find_checkpoint(
     "The checkpoint that a path means; FileNotFoundError says what was looked for."
     place = Path(place).expanduser()
     if (place/"model.safetensors").is_file(): return place.resolve()
-    if not place.is_dir() and place.name in ("last", "best"): place, which = place.parent, place.name  # a system without links
+    # a system without links
+    if not place.is_dir() and place.name in ("last", "best"):
+        place, which = place.parent, place.name
     for folder in (place, place/"checkpoints"):
         if (folder/INDEX).is_file():
             index = read_index(folder)
             name = index[which] or index["last"]
             if name and (folder/name/"model.safetensors").is_file(): return (folder/name).resolve()
     what = "holds no checkpoint" if place.is_dir() else "does not exist"
-    raise FileNotFoundError(f"{place} {what}: give a run's folder, which has checkpoints/{INDEX}, or a checkpoint, "
-                            "which has model.safetensors")
+    raise FileNotFoundError(f"{place} {what}: give a run's folder, which has checkpoints/{INDEX}, "
+                            "or a checkpoint, which has model.safetensors")
 
 # %% ../nbs/09_checkpoints.ipynb #0047
 def load_training_state(
@@ -284,9 +312,11 @@ def load_training_state(
 ) -> dict:  # the rest: optimizer, average, position, watch, slope, rng, scaler
     "Read what a run saved for resuming; ValueError says what is damaged, or how another model's checkpoint differs."
     path = Path(folder)/"training.pt"
-    if not path.is_file(): raise FileNotFoundError(f"{folder} can be evaluated but not resumed: it has no training.pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} can be evaluated but not resumed: it has no training.pt")
     check_digests(path.parent, path.name)
-    later = {f"bottleneck.{name}" for name in model.bottleneck.later_buffers}   # of any shape, or missing in version 0.1.0
+    # of any shape, or missing in version 0.1.0
+    later = {f"bottleneck.{name}" for name in model.bottleneck.later_buffers}
     ours = {k: v for k, v in model.state_dict().items() if k not in later}
     most = 8*sum(v.numel()*v.element_size() for v in ours.values()) + (1 << 26)
     try:
@@ -295,14 +325,20 @@ def load_training_state(
             raise ValueError(f"it declares {max(sum(sizes), path.stat().st_size):,} bytes")
         state = torch.load(path, map_location="cpu", weights_only=True)
         theirs = {k: v.shape for k, v in state["model"].items() if k not in later}
-        infinite = [k for k, v in state["model"].items() if v.is_floating_point() and not v.isfinite().all()]
+        infinite = [k for k, v in state["model"].items()
+                    if v.is_floating_point() and not v.isfinite().all()]
         if infinite: raise ValueError(f"{infinite[0]} holds NaN or infinity")
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, pickle.UnpicklingError): why = "it holds something other than numbers and tensors"  # torch advises to run it
-        raise ValueError(f"{path} is damaged, or of another model ({why}): resume from another checkpoint of the run, by its name") from e
+        # torch advises to run it
+        if isinstance(e, pickle.UnpicklingError):
+            why = "it holds something other than numbers and tensors"
+        raise ValueError(f"{path} is damaged, or of another model ({why}): "
+                         "resume from another checkpoint of the run, by its name") from e
     differs = weight_differences({k: v.shape for k, v in ours.items()}, theirs)
-    if differs: raise ValueError(f"{folder} is a checkpoint of another model than the one configured, a {model.bottleneck.name!r} model. Weights {differs}")
+    if differs:
+        raise ValueError(f"{folder} is a checkpoint of another model than the one configured, "
+                         f"a {model.bottleneck.name!r} model. Weights {differs}")
     model.load_state_dict(state["model"])
     return state
 
@@ -331,14 +367,16 @@ def keep_rows(
     if not path.is_file(): return
     with open(path, "rb") as f:
         columns = f.readline(1 << 16).decode("utf-8", "replace").strip().split(",")
-        if columns == [""]: return remove(path)                # killed before its header was written
+        if columns == [""]: return remove(path)               # killed before its header was written
         if "step" not in columns or not all(map(str.isidentifier, columns)):
-            raise ValueError(f"{path} is damaged (its first line is not names of columns, step among them): move it away, then resume")
+            raise ValueError(f"{path} is damaged (its first line is not names of columns, "
+                             "step among them): move it away, then resume")
         with write_beside(path) as new, open(new, "w", newline="", encoding="utf-8") as out:
             out.write(",".join(columns) + "\n")
             for line in iter(lambda: f.readline(1 << 16), b""):
                 text = line.decode("utf-8", "replace")
                 fields = text.rstrip("\r\n").split(",")
-                right = len(fields) == len(columns) and text.endswith("\n") and all(map(NUMBER.fullmatch, fields))
+                right = (len(fields) == len(columns) and text.endswith("\n")
+                         and all(map(NUMBER.fullmatch, fields)))
                 number = fields[columns.index("step")] if right else ""
                 if number.isdecimal() and int(number) <= step: out.write(",".join(fields) + "\n")

@@ -31,7 +31,8 @@ def option(
 ):  # a field of a dataclass
     "A key of a command."
     metadata = dict(help=help, path=path)
-    if isinstance(default, list): return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 def group(choice: str, help: str):
@@ -54,10 +55,13 @@ def group_choices(settings: type) -> dict:
     chosen = {f.name: f.metadata["choice"] for f in fields(settings) if "choice" in f.metadata}
     groups = dict(train=dict(default=TrainConfig), wandb=dict(default=WandbConfig),
                   checkpoint=dict(default=CheckpointConfig))
-    names = [n for n, b in MODELS.items() if b in BOTTLENECKS] + [n for n in BOTTLENECKS if n not in MODELS.values()]
+    names = ([n for n, b in MODELS.items() if b in BOTTLENECKS]
+             + [n for n in BOTTLENECKS if n not in MODELS.values()])
     if "model" in chosen: groups["model"] = {name: model_config(name) for name in names}
-    groups["data"] = dict(celeba=DataConfig, cifar10=DataConfig("cifar10", image_size=32, batch_size=128))
-    for name in ("imagenette", "folder", "sample", chosen.get("data")): groups["data"][name] = DataConfig(name)
+    groups["data"] = dict(celeba=DataConfig,
+                          cifar10=DataConfig("cifar10", image_size=32, batch_size=128))
+    for name in ("imagenette", "folder", "sample", chosen.get("data")):
+        groups["data"][name] = DataConfig(name)
     groups["data"]["imagenette2"] = DataConfig("imagenette")
     return {name: groups[name] for name in chosen}
 
@@ -65,7 +69,8 @@ def keys_of(settings: type, groups: dict) -> dict:
     "Every key of a command; `type` and `dataset` of a group are the choice itself."
     keys = {f.name: f for f in fields(settings)}
     for name, choices in groups.items():
-        for f in (f for choice in choices.values() for f in fields(choice) if f.name not in ("type", "dataset")):
+        for f in (f for choice in choices.values() for f in fields(choice)
+                  if f.name not in ("type", "dataset")):
             keys.setdefault(f"{name}.{f.name}", f)
     return keys
 
@@ -76,22 +81,28 @@ def nearest(word: str, known: list[str]) -> str:
     last = {"lr": "learning_rate", "bs": "batch_size"}.get(last, last)
     def likeness(name):
         its_group, _, its_last = name.rpartition(".")
-        return difflib.SequenceMatcher(None, last, its_last).ratio() + 0.1*(group == its_group != "")
+        return (difflib.SequenceMatcher(None, last, its_last).ratio()
+                + 0.1*(group == its_group != ""))
     best = max(known, key=likeness)
     return best if likeness(best) > 0.55 else ""
 
 # %% ../nbs/15_cli.ipynb #0017
-RENAMED = {"model.type": "model", "data.type": "data", "data.dataset": "data", "data.data_dir": "data.root",
+RENAMED = {"model.type": "model", "data.type": "data", "data.dataset": "data",
+           "data.data_dir": "data.root",
            "model.learning_rate": "train.learning_rate", "model.beta": "train.beta",
            "train.seed": "seed"}
-GONE = {"model.omp_tolerance": "model.rate_weight lets each code stop where another atom does not pay; batch_omp(..., tol=) stops at an error",
+GONE = {"model.omp_tolerance": "model.rate_weight lets each code stop where another atom does not "
+                               "pay; batch_omp(..., tol=) stops at an error",
         "model.compute_fid": "FID is computed after training: laser_evaluate RUN fid=true",
-        "train.val_check_interval": "validation is once an epoch; checkpoint.every_n_steps saves within one",
-        "checkpoint.filename": "a checkpoint is called after its step; checkpoints/best and last lead to two of them"}
+        "train.val_check_interval": "validation is once an epoch; "
+                                    "checkpoint.every_n_steps saves within one",
+        "checkpoint.filename": "a checkpoint is called after its step; "
+                               "checkpoints/best and last lead to two of them"}
 
 def renamed(key, value, keys):
     "A setting in the names of today."
-    if key == "source": key = "data" if value in ("auto", "celeba", "sample") else "data.root"  # in version 0.1.0
+    # in version 0.1.0
+    if key == "source": key = "data" if value in ("auto", "celeba", "sample") else "data.root"
     key = key if key in keys else RENAMED.get(key, key)
     if key == "model" and value == "both": value = "vqvae,dlvae"
     if key == "train.strategy" and value == "null": value = "auto"
@@ -100,8 +111,10 @@ def renamed(key, value, keys):
     return key, value
 
 # %% ../nbs/15_cli.ipynb #0020
-FLAGS = {**dict.fromkeys("--help -h --hydra-help --version --resolve --run -r --multirun -m".split(), 0),
-         **dict.fromkeys("--cfg -c --package -p --info -i --config-name -cn --config-dir -cd".split(), 1)}
+FLAGS = {
+    **dict.fromkeys("--help -h --hydra-help --version --resolve --run -r --multirun -m".split(), 0),
+    **dict.fromkeys("--cfg -c --package -p --info -i --config-name -cn --config-dir -cd".split(), 1)
+}
 
 @dataclass
 class Line:
@@ -122,19 +135,26 @@ def read_words(words: list[str], keys: dict, places: tuple = ()) -> Line:
         if key in FLAGS:
             line.flags += [word, *words[:FLAGS[key]*(not equals)]]
             del words[:FLAGS[key]*(not equals)]
-        elif places and (os.path.lexists(os.path.expanduser(word)) or not equals and word[:1] not in "+-"):
+        elif places and (os.path.lexists(os.path.expanduser(word))
+                         or not equals and word[:1] not in "+-"):
             found.append(word)
         elif key.startswith("-"):
             key = nearest(key.lstrip("-").replace("-", "_"), list(keys)) or "key"
             value = value or (words[0] if words and "=" not in words[0] else "...")
-            raise ValueError(f"{word}: settings are written key=value, without dashes: {key}={value}")
-        elif not equals: raise ValueError(f"{word!r} is no setting: they are written key=value, and --help lists them")
+            raise ValueError(f"{word}: settings are written key=value, "
+                             f"without dashes: {key}={value}")
+        elif not equals:
+            raise ValueError(f"{word!r} is no setting: they are written key=value, "
+                             "and --help lists them")
         elif "hydra." in key: line.typed[key] = value
         else: line.typed.update([renamed(key.lstrip("+"), value, keys)])
     for key in places:
         if key in line.typed or not found: continue
-        line.typed[key], found = (found, []) if keys[key].type == list[str] else (found[0], found[1:])
-    if found: raise ValueError(f"{found[0]!r} is one word too many: settings are written key=value (see --help)")
+        line.typed[key], found = ((found, []) if keys[key].type == list[str]
+                                  else (found[0], found[1:]))
+    if found:
+        raise ValueError(f"{found[0]!r} is one word too many: "
+                         "settings are written key=value (see --help)")
     return line
 
 # %% ../nbs/15_cli.ipynb #0023
@@ -144,13 +164,16 @@ def check_keys(typed: dict, keys: dict, groups: dict) -> None:
         if "hydra." in key: continue
         if key in GONE: raise ValueError(f"{key} is not a key here: {GONE[key]}")
         if key not in keys:
-            near, known = nearest(key, list(keys)), [k for k in keys if k.startswith(key.partition(".")[0] + ".")]
-            rest = f"did you mean {near}={value}?" if near else f"there are {', '.join(known or keys)}"
+            near, known = (nearest(key, list(keys)),
+                           [k for k in keys if k.startswith(key.partition(".")[0] + ".")])
+            rest = (f"did you mean {near}={value}?" if near
+                    else f"there are {', '.join(known or keys)}")
             raise ValueError(f"there is no key {key}; {rest}")
         for choice in value.split(",") if key in groups else ():
             if choice in groups[key]: continue
             if key == "data" and (os.sep in choice or os.path.isdir(choice)):
-                raise ValueError(f"data={value} is no kind of image set; your own is data=folder data.root={value}")
+                raise ValueError(f"data={value} is no kind of image set; "
+                                 f"your own is data=folder data.root={value}")
             near = nearest(choice, list(groups[key]))
             raise ValueError(f"there is no {key}={choice}; choose one of {', '.join(groups[key])}"
                              + f" (did you mean {key}={near}?)"*bool(near))
@@ -162,7 +185,8 @@ def path_keys(typed, keys):
 
 def make_absolute(typed: dict, keys: dict) -> None:
     "Lists as lists, and paths as they were meant where the command was typed."
-    def absolute(path): return path if path in ("null", "auto") else os.path.abspath(os.path.expanduser(path))
+    def absolute(path):
+        return path if path in ("null", "auto") else os.path.abspath(os.path.expanduser(path))
     for key, value in typed.items():
         if key in keys and keys[key].type == list[str] and isinstance(value, str):
             typed[key] = value.strip("[]").split(",")
@@ -184,8 +208,10 @@ def overrides(line: Line, keys: dict) -> list[str]:
     "Settings in Hydra's grammar."
     def text(key, value):
         if not isinstance(value, str): return f"[{','.join(map(quoted, value))}]"
-        if "hydra." in key: literal = key.endswith("dir") and "${" not in value and value[:1] not in "\"'"
-        else: literal = os.sep in value or not line.many and str in (keys[key].type, *get_args(keys[key].type))
+        if "hydra." in key:
+            literal = key.endswith("dir") and "${" not in value and value[:1] not in "\"'"
+        else: literal = (os.sep in value or not line.many
+                         and str in (keys[key].type, *get_args(keys[key].type)))
         return quoted(value) if literal and value != "null" else value
     return [f"{key}={text(key, value)}" for key, value in line.typed.items()]
 
@@ -199,32 +225,41 @@ def key_lines(node, prefix: str = "") -> list[str]:
     "The keys of a dataclass, explained."
     def line(f):
         value = str(default_of(f, node)).replace(" ", "")
-        value = {"None": "null", "True": "true", "False": "false"}.get(value, "..." if "${" in value else value)
+        value = {"None": "null", "True": "true", "False": "false"}.get(
+            value, "..." if "${" in value else value)
         choices = f": {', '.join(f.metadata['choices'])}" if "choices" in f.metadata else ""
         return f"  {f'{prefix}{f.name}={value}':<36} {f.metadata.get('help', '')}{choices}".rstrip()
-    return [line(f) for f in fields(node) if f.name not in ("type", "dataset") and f.default != "???"]
+    return [line(f) for f in fields(node)
+            if f.name not in ("type", "dataset") and f.default != "???"]
 
 # %% ../nbs/15_cli.ipynb #201a81fd
 def help_text(settings: type, groups: dict) -> str:
     "What a command does, its groups, and every key with its default and meaning."
-    choices = [f"  {name}={'|'.join(choices)}" for name, choices in groups.items() if len(choices) > 1]
+    choices = [f"  {name}={'|'.join(choices)}" for name, choices in groups.items()
+               if len(choices) > 1]
     lines = [settings.__doc__.strip(), *(["\nGroups to choose from:"] if choices else []), *choices]
-    lines += ["\nKeys, their defaults and meaning (change any with key=value):", *key_lines(settings)]
+    lines += ["\nKeys, their defaults and meaning (change any with key=value):",
+              *key_lines(settings)]
     for f in (f for f in fields(settings) if f.name in groups):
         choices, owners = groups[f.name], {}  # owners: line -> the models that have it
-        if f.name != "model": lines += key_lines(choices[f.metadata["choice"]], f"{f.name}."); continue
+        if f.name != "model":
+            lines += key_lines(choices[f.metadata["choice"]], f"{f.name}.")
+            continue
         for choice, node in choices.items():
             for text in key_lines(node, "model."): owners.setdefault(text, []).append(choice)
         for who in dict.fromkeys(map(tuple, owners.values())):
-            lines.append("  " + ("any model:" if len(who) == len(choices) else f"model={', '.join(who)}:"))
+            lines.append("  " + ("any model:" if len(who) == len(choices)
+                                 else f"model={', '.join(who)}:"))
             lines += [text for text, have in owners.items() if tuple(have) == who]
     if "checkpoint" in (f.name for f in fields(settings)):
         from laser.models import list_pretrained
-        lines += ["\nModels that come with the package, and what they reach on faces of CelebA's test partition:"]
+        lines += ["\nModels that come with the package, "
+                  "and what they reach on faces of CelebA's test partition:"]
         for name, results in list_pretrained().items():
             reached = ", ".join(f"{r['psnr']:.1f} dB at {r['bits_per_pixel']:.2f}" for r in results)
             lines.append(f"  {name:<15} {reached} bits a pixel")
-    lines += ["\n--cfg job shows the configuration that would be used, and stops; -m key=a,b runs with each value.",
+    lines += ["\n--cfg job shows the configuration that would be used, and stops; "
+              "-m key=a,b runs with each value.",
               "output_dir=FOLDER is where results go (else outputs/COMMAND/DATE_TIME)."]
     return "\n".join(lines)
 
@@ -238,13 +273,15 @@ def fail(name, error, code=1):
 
 def check_writable(line):
     "Raise OSError if the output folder cannot be made or written."
-    place = line.typed.get("hydra.sweep.dir", "multirun") if line.many else line.typed.get("hydra.run.dir", "outputs")
+    place = (line.typed.get("hydra.sweep.dir", "multirun") if line.many
+             else line.typed.get("hydra.run.dir", "outputs"))
     # --cfg and the like write nothing
     if "${" in place or not {*line.flags} <= {"-m", "--multirun"}: return
     try:
         os.makedirs(place, exist_ok=True)
         with tempfile.TemporaryFile(dir=place): pass
-    except OSError as e: raise OSError(f"cannot write to {place} ({e.strerror}): set output_dir=FOLDER") from e
+    except OSError as e:
+        raise OSError(f"cannot write to {place} ({e.strerror}): set output_dir=FOLDER") from e
 
 # %% ../nbs/15_cli.ipynb #0040
 def load_plugins(words):
@@ -253,7 +290,8 @@ def load_plugins(words):
     names = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("plugin=")]
     for name in (name for value in names for name in value.strip("[]").split(",")):
         path = Path(name).expanduser().absolute()
-        if name.endswith(".py") and not path.is_file(): raise FileNotFoundError(f"plugin={name}: there is no such file")
+        if name.endswith(".py") and not path.is_file():
+            raise FileNotFoundError(f"plugin={name}: there is no such file")
         sys.path.insert(0, str(path.parent) if name.endswith(".py") else os.getcwd())
         importlib.import_module(path.stem if name.endswith(".py") else name)
 
@@ -271,7 +309,8 @@ def read_line(
     check_keys(line.typed, keys, groups)
     make_absolute(line.typed, keys)
     if prepare: prepare(line, groups)
-    if "output_dir" in line.typed and not line.many: line.typed.setdefault("hydra.run.dir", line.typed["output_dir"])
+    if "output_dir" in line.typed and not line.many:
+        line.typed.setdefault("hydra.run.dir", line.typed["output_dir"])
     # a process that Fabric started
     if os.environ.get("LOCAL_RANK", "0") != "0" and "output_dir" in line.typed:
         line.typed |= {"hydra.run.dir": line.typed["output_dir"], "hydra.output_subdir": "null"}
@@ -282,10 +321,12 @@ def register(name, settings, groups):
     "Tell Hydra about a command: its settings, the choices of its groups, and where results go."
     from hydra.core.config_store import ConfigStore
     store, stamp = ConfigStore.instance(), name.removeprefix("laser_") + "/${now:%Y-%m-%d_%H-%M-%S}"
-    defaults = [{f.name: f.metadata["choice"]} for f in fields(settings) if f.name in groups] + ["_self_"]
+    defaults = ([{f.name: f.metadata["choice"]} for f in fields(settings) if f.name in groups]
+                + ["_self_"])
     hydra = dict(run=dict(dir=f"outputs/{stamp}"), sweep=dict(dir=f"multirun/{stamp}"),
                  job=dict(name=name, chdir=False), job_logging=dict(disable_existing_loggers=False))
-    own = [("defaults", list, option(defaults, "")), ("hydra", Any, field(default_factory=lambda: hydra))]
+    own = [("defaults", list, option(defaults, "")),
+           ("hydra", Any, field(default_factory=lambda: hydra))]
     store.store(name=name, node=make_dataclass("Job", own, bases=(settings,)))
     # another command's
     for group in ("model", "data", "train", "wandb", "checkpoint"): store.repo.pop(group, None)
@@ -299,7 +340,8 @@ def as_settings(cfg, typed, keys):
     settings = OmegaConf.to_object(cfg)
     for key in path_keys(typed, keys):
         group, _, name = key.rpartition(".")
-        setattr(getattr(settings, group) if group else settings, name, None if typed[key] == "null" else typed[key])
+        setattr(getattr(settings, group) if group else settings, name,
+                None if typed[key] == "null" else typed[key])
     return settings
 
 # %% ../nbs/15_cli.ipynb #5ce30d9f
@@ -308,13 +350,15 @@ def with_recipe(words: list[str]) -> list[str]:
     names = [w.split("=", 1)[1] for w in words if w.startswith("recipe=")]
     if not names: return words
     from laser.evidence import RECIPES
-    if names[-1] not in RECIPES: raise ValueError(f"recipe={names[-1]}: there is {', '.join(RECIPES)}")
+    if names[-1] not in RECIPES:
+        raise ValueError(f"recipe={names[-1]}: there is {', '.join(RECIPES)}")
     return [*RECIPES[names[-1]], *(w for w in words if not w.startswith("recipe="))]
 
 # %% ../nbs/15_cli.ipynb #0043
 def run_command(name: str, settings: type, job, places: tuple, prepare, words: list[str]) -> int:
     "Read a command line, and run the job the way Hydra does."
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys(): os.environ["GOMP_SPINCOUNT"] = "10000"
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
     # names need not be UTF-8
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")
     try:
@@ -329,7 +373,8 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
 
     def guarded(cfg):
         nonlocal code
-        warnings.formatwarning = lambda text, *place, **rest: f"{name}: {text}\n"  # for a person, without the place
+        # for a person, without the place
+        warnings.formatwarning = lambda text, *place, **rest: f"{name}: {text}\n"
         try:
             c = as_settings(cfg, line.typed, keys)
             # what Fabric starts further processes with
@@ -337,7 +382,8 @@ def run_command(name: str, settings: type, job, places: tuple, prepare, words: l
             code = job(c, line.typed) or code
         except KeyboardInterrupt: code = fail(name, "interrupted", 130)
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1" or type(e) in (RuntimeError, NotImplementedError): raise
+            if (os.environ.get("HYDRA_FULL_ERROR") == "1"
+                    or type(e) in (RuntimeError, NotImplementedError)): raise
             code = fail(name, e)
         if code: sys.exit(code)
 
@@ -355,7 +401,8 @@ def command(settings: type, places: tuple = (), prepare=None):
         @wraps(job)
         def main(*arguments):
             if arguments: return job(*arguments)
-            sys.exit(run_command(f"laser_{job.__name__}", settings, job, places, prepare, sys.argv[1:]))
+            sys.exit(run_command(f"laser_{job.__name__}", settings, job, places, prepare,
+                                 sys.argv[1:]))
         return main
     return decorate
 
@@ -380,7 +427,8 @@ model.num_embeddings=256 train.max_epochs=10 train.learning_rate=1e-3 train.warm
     train: Any = group("default", "the optimiser, how long, and on what devices")
     wandb: Any = group("default", "Weights & Biases")
     checkpoint: Any = group("default", "what is kept, and which is best")
-    recipe: str = option("", "settings of a recipe by its name (laser.evidence.RECIPES); what is typed besides wins")
+    recipe: str = option("", "settings of a recipe by its name (laser.evidence.RECIPES); "
+                             "what is typed besides wins")
     seed: int = option(42, "of everything random")
 
 # %% ../nbs/15_cli.ipynb #0047
@@ -390,7 +438,8 @@ QUICK_START = dict(setting.split("=") for setting in Train.__doc__.split("small 
 def several(choices: dict) -> type:
     "The keys of several models; where their defaults differ, the default is null and each has its own."
     found = {}
-    for f in (f for choice in choices.values() for f in fields(choice)): found.setdefault(f.name, []).append(f)
+    for f in (f for choice in choices.values() for f in fields(choice)):
+        found.setdefault(f.name, []).append(f)
     def merged(name, fs):
         defaults = [default_of(f) for f in fs]
         default = defaults[0] if defaults.count(defaults[0]) == len(fs) else None
@@ -403,24 +452,34 @@ def prepare_training(line: Line, groups: dict) -> None:
     "The quick start, lists of models, and where a run that goes on lies."
     typed, models = line.typed, groups["model"]
     names = typed.get("model", "vqvae,dlvae").split(",")
-    def owners(key): return [n for n in models if key.removeprefix("model.") in {f.name for f in fields(models[n])}]
+    def owners(key):
+        return [n for n in models
+                if key.removeprefix("model.") in {f.name for f in fields(models[n])}]
     if typed.get("train.resume", "null") in ("null", "auto"): where_data_lie(typed)
     resume = typed.get("train.resume", "null")
     if resume == "auto":
         place = typed.get("output_dir")
-        if not place: raise ValueError("train.resume=auto goes on with the run in output_dir, or starts it: name one")
-        begun = any(os.path.exists(os.path.join(place, name)) for name in ("job.json", "checkpoints"))
+        if not place:
+            raise ValueError("train.resume=auto goes on with the run in output_dir, "
+                             "or starts it: name one")
+        begun = any(os.path.exists(os.path.join(place, name))
+                    for name in ("job.json", "checkpoints"))
         resume = typed["train.resume"] = place if begun else "null"
     if resume != "null":
-        if not os.path.isdir(resume): raise FileNotFoundError(f"train.resume={resume} does not exist: name a run")
-        run = next((p.parent for p in (Path(resume), *Path(resume).parents) if p.name == "checkpoints"), resume)
+        if not os.path.isdir(resume):
+            raise FileNotFoundError(f"train.resume={resume} does not exist: name a run")
+        run = next((p.parent for p in (Path(resume), *Path(resume).parents)
+                    if p.name == "checkpoints"), resume)
         # the record of how it began stays
         typed |= {"hydra.run.dir": str(run), "hydra.output_subdir": "null"}
     else:
-        for key in (key for key in typed if key.startswith("model.") and not {*owners(key)} & {*names}):
-            raise ValueError(f"{key}: no {', '.join(names)} has this option; it belongs to {', '.join(owners(key))}")
+        for key in (key for key in typed
+                    if key.startswith("model.") and not {*owners(key)} & {*names}):
+            raise ValueError(f"{key}: no {', '.join(names)} has this option; "
+                             f"it belongs to {', '.join(owners(key))}")
         if typed.get("data", "sample") == "sample":
-            quick = {k: v for k, v in QUICK_START.items() if not k.startswith("model.") or {*owners(k)} & {*names}}
+            quick = {k: v for k, v in QUICK_START.items()
+                     if not k.startswith("model.") or {*owners(k)} & {*names}}
             line.typed = quick | typed
     if len(names) > 1 and not ("model" in typed and line.many):
         groups["model"] = models | dict(several=several({name: models[name] for name in names}))
@@ -445,7 +504,8 @@ def changed(stored, given: Train, typed: dict):
         part = getattr(stored, group, None)
         if key == "train.resume" or key == "model" and "," in given.model.type: continue
         if not group and hasattr(stored, name): setattr(stored, name, getattr(given, name))
-        elif hasattr(part, name): setattr(stored, group, replace(part, **{name: getattr(getattr(given, group), name)}))
+        elif hasattr(part, name):
+            setattr(stored, group, replace(part, **{name: getattr(getattr(given, group), name)}))
     return stored
 
 # %% ../nbs/15_cli.ipynb #6c18fd5f
@@ -453,9 +513,12 @@ def stored_job(place: str | Path) -> list:
     "The configurations of a job of several models, none of one run; `ValueError` names a damaged file."
     from laser.training import config_from_dict
     path = Path(place)/"job.json"
-    try: return [config_from_dict(v) for v in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    try:
+        return ([config_from_dict(v) for v in json.loads(path.read_text(encoding="utf-8"))]
+                if path.is_file() else [])
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged, or of another version ({e}): name one of the runs beside it") from e
+        raise ValueError(f"{path} is damaged, or of another version ({e}): "
+                         "name one of the runs beside it") from e
 
 # %% ../nbs/15_cli.ipynb #c6381637
 def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
@@ -466,11 +529,14 @@ def plan_runs(c: Train, typed: dict) -> tuple[Path, list]:
     if not c.train.resume:
         base = Config(c.model, c.data, c.train, c.wandb, c.checkpoint, c.seed, str(folder))
         if len(names) == 1: return folder, [(base, None)]
-        if c.checkpoint.dirpath: raise ValueError("checkpoint.dirpath is for one model; several lie in output_dir")
+        if c.checkpoint.dirpath:
+            raise ValueError("checkpoint.dirpath is for one model; several lie in output_dir")
         def model(name):
             kind = model_config(name)
-            return kind(**{f.name: getattr(c.model, f.name) for f in fields(kind) if f"model.{f.name}" in typed})
-        return folder, [(replace(base, model=model(name), output_dir=str(folder/name)), None) for name in names]
+            return kind(**{f.name: getattr(c.model, f.name)
+                           for f in fields(kind) if f"model.{f.name}" in typed})
+        return folder, [(replace(base, model=model(name), output_dir=str(folder/name)), None)
+                        for name in names]
     place = Path(c.train.resume)
     if not (place/"job.json").is_file():  # one run, or one checkpoint
         checkpoint = find_checkpoint(place)
@@ -489,8 +555,10 @@ def versions() -> dict:
     import platform
     from importlib.metadata import version
     import laser
-    return dict(laser=laser.__version__, python=platform.python_version(), platform=platform.platform(),
-                **{name: version(name) for name in ("torch", "torchvision", "numpy", "numba", "lightning", "pillow")})
+    return dict(laser=laser.__version__, python=platform.python_version(),
+                platform=platform.platform(),
+                **{name: version(name)
+                   for name in ("torch", "torchvision", "numpy", "numba", "lightning", "pillow")})
 
 def left_out(*sets) -> dict:
     "Number and names of the pictures that could not be read and were skipped."
@@ -502,7 +570,8 @@ def write_results(folder: str | Path, rows: list[dict], **about) -> Path:
     import pandas as pd
     from laser.checkpoints import files_into
     with files_into(folder) as new:
-        (new/"results.json").write_text(json.dumps(dict(results=rows, **about, versions=versions()), indent=2) + "\n")
+        (new/"results.json").write_text(
+            json.dumps(dict(results=rows, **about, versions=versions()), indent=2) + "\n")
         pd.DataFrame(rows).to_csv(new/"results.csv", index=False)
     return Path(folder)/"results.csv"
 
@@ -526,7 +595,8 @@ def minutes_to_train(runs, images):
     configs = [config for config, _ in runs]
     batch = images.batch(range(min(configs[0].data.batch_size, len(images))))
     batch = batch.to(pick_accelerator(configs[0].train.accelerator))
-    speed = training_speed({i: config.model for i, config in enumerate(configs)}, batch, rounds=2, warmup=1)
+    speed = training_speed({i: config.model for i, config in enumerate(configs)}, batch,
+                           rounds=2, warmup=1)
     return sum(config.train.max_epochs*len(images)/speed[i] for i, config in enumerate(configs))/60
 
 # %% ../nbs/15_cli.ipynb #f4deca92
@@ -543,7 +613,8 @@ def measured(model, images, limit=64, batch=32):
         start = time.perf_counter()
         model(x).reconstruction.cpu()
         per_second = len(x)/(time.perf_counter() - start)
-    about = dict(parameters=sum(p.numel() for p in model.parameters()), images_per_second=per_second)
+    about = dict(parameters=sum(p.numel() for p in model.parameters()),
+                 images_per_second=per_second)
     try:
         for i in range(0, n, batch):
             x = images.batch(range(i, min(i + batch, n))).to(device)
@@ -556,7 +627,8 @@ def comparison_figure(test, dataset, models):
     "Whole photographs of the test images, and for each model (name -> model) reconstruction, error and bits."
     from laser.data import SAMPLE_SPLITS, as_floats, pixels_of, sample_photograph
     from laser.plots import plot_reconstructions
-    if dataset == "sample": x = as_floats(pixels_of(sample_photograph(SAMPLE_SPLITS["test"][0])))[None]
+    if dataset == "sample":
+        x = as_floats(pixels_of(sample_photograph(SAMPLE_SPLITS["test"][0])))[None]
     else: x = test.batch(range(min(4, len(test))))
     pictures = {name: by_tiles(model, x) for name, model in models.items()}
     bits = {name: rate(model).replace(" (", "\n(") for name, model in models.items()}
@@ -572,11 +644,13 @@ def _report(folder, runs, rows, models, results, datasets, test, places):
     size = f"{first.data.image_size}x{first.data.image_size}"
     print(f"\nTest images: {test.label}, {len(test):,} images of {size}. "
           f"Best checkpoint of each model by {first.checkpoint.monitor}\n\n{format_table(rows)}")
-    table = write_results(folder, rows, configuration=[asdict(config) for config, _ in runs], data=test.label,
-                          partition="test", crop=size, checkpoints=places, skipped=left_out(*datasets, test))
+    table = write_results(folder, rows, configuration=[asdict(config) for config, _ in runs],
+                          data=test.label, partition="test", crop=size, checkpoints=places,
+                          skipped=left_out(*datasets, test))
     minutes = sum(r.seconds for r in results)/60
     print(f"\nTrained in {minutes:.1f} minutes. Table: {table}\nCheckpoints: {', '.join(places)}")
-    comparison_figure(test, first.data.dataset, models).savefig(folder/"reconstructions.png", dpi=110)
+    comparison_figure(test, first.data.dataset, models).savefig(
+        folder/"reconstructions.png", dpi=110)
     print(f"Reconstructions: {folder/'reconstructions.png'}")
 
 # %% ../nbs/15_cli.ipynb #0067
@@ -598,23 +672,31 @@ def train(c: Train, typed: dict):
     fabric.launch()
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
-        if len(runs) > 1: (folder/"job.json").write_text(json.dumps([asdict(config) for config, _ in runs], indent=2))
-        print(f"Training on {datasets[0].label}: {len(datasets[0]):,} images; results go to {folder}", flush=True)
+        if len(runs) > 1:
+            (folder/"job.json").write_text(
+                json.dumps([asdict(config) for config, _ in runs], indent=2))
+        print(f"Training on {datasets[0].label}: {len(datasets[0]):,} images; "
+              f"results go to {folder}", flush=True)
     if fabric.world_size == 1 and (minutes := minutes_to_train(runs, datasets[0])):
         print(f"This will take about {max(1, round(minutes))} minute(s)", flush=True)
     results = []
     for config, checkpoint in runs:
         results.append(fit(config, resume=checkpoint, fabric=fabric, datasets=datasets))
         if not results[-1].finished:
-            if len(runs) > 1 and fabric.is_global_zero: print(f"or, for all models: laser_train train.resume={folder}")
+            if len(runs) > 1 and fabric.is_global_zero:
+                print(f"or, for all models: laser_train train.resume={folder}")
             return 130
     places = [str(r.best or r.last) for r in results]
-    models = {display_name(model): model.to(fabric.device) for model in map(load_pretrained, places)}
-    _, loader = make_loaders(datasets[0], test, batch_size=first.data.batch_size, num_workers=first.data.num_workers,
-                             rank=fabric.global_rank, world_size=fabric.world_size)
-    rows = [row for name, model in models.items() for row in evaluation_rows(name, model, loader, fabric.device)]
+    models = {display_name(model): model.to(fabric.device)
+              for model in map(load_pretrained, places)}
+    _, loader = make_loaders(datasets[0], test, batch_size=first.data.batch_size,
+                             num_workers=first.data.num_workers, rank=fabric.global_rank,
+                             world_size=fabric.world_size)
+    rows = [row for name, model in models.items()
+            for row in evaluation_rows(name, model, loader, fabric.device)]
     if not fabric.is_global_zero: return 0
-    for name, model in models.items(): next(r for r in rows if r["model"] == name).update(measured(model, test))
+    for name, model in models.items():
+        next(r for r in rows if r["model"] == name).update(measured(model, test))
     _report(folder, runs, rows, models, results, datasets, test, places)
 
 # %% ../nbs/15_cli.ipynb #0069
@@ -629,10 +711,12 @@ class Evaluate(Settings):
   laser_evaluate RUN/checkpoints/last coefficient_bits=6
   laser_evaluate RUN lpips=true fid=true                    needs pretrained networks, fetched once"""
     checkpoints: list[str] = option([], "runs, checkpoints or saved models", path=True)
-    data: Any = group("checkpoint", "which images; checkpoint: those that the first model was trained on")
+    data: Any = group("checkpoint", "which images; "
+                                    "checkpoint: those that the first model was trained on")
     split: str = option("test", "train, val or test")
     limit: Optional[int] = option(None, "use only so many images")
-    coefficient_bits: Optional[int] = option(8, "of a second row for continuous coefficients; null: no such row")
+    coefficient_bits: Optional[int] = option(8, "of a second row for continuous coefficients; "
+                                                "null: no such row")
     lpips: bool = option(False, "needs pretrained weights")
     fid: bool = option(False, 'needs pretrained weights and the extra "fid"')
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
@@ -656,12 +740,16 @@ def data_of(checkpoint: Path, given, typed: dict):
     from laser.training import stored_config
     if given.dataset == "checkpoint":
         if not (checkpoint/"run.json").is_file():
-            raise ValueError(f"{checkpoint} does not say what it was trained on; choose with data=celeba and the like")
+            raise ValueError(f"{checkpoint} does not say what it was trained on; "
+                             "choose with data=celeba and the like")
         names = [key.removeprefix("data.") for key in typed if key.startswith("data.")]
-        given = replace(stored_config(checkpoint).data, **{name: getattr(given, name) for name in names})
-        if "root" in names and given.dataset in ("celeba", "folder", "sample"): given.dataset = kind_of(given.root)
+        given = replace(stored_config(checkpoint).data,
+                        **{name: getattr(given, name) for name in names})
+        if "root" in names and given.dataset in ("celeba", "folder", "sample"):
+            given.dataset = kind_of(given.root)
     if given.root and not os.path.isdir(given.root):
-        raise FileNotFoundError(f"there is no folder {given.root}; give another with data.root=FOLDER")
+        raise FileNotFoundError(f"there is no folder {given.root}; "
+                                "give another with data.root=FOLDER")
     return given
 
 # %% ../nbs/15_cli.ipynb #0074
@@ -674,12 +762,13 @@ def evaluate(c: Evaluate, typed: dict):
     from laser.models import SHIPPED, load_pretrained, read_config
     from laser.training import evaluation_rows, format_table, pick_accelerator
     if not c.checkpoints:
-        raise ValueError("name at least one checkpoint, such as laser_evaluate outputs/train/DATE_TIME, "
-                         "or a model of --help")
+        raise ValueError("name at least one checkpoint, such as laser_evaluate "
+                         "outputs/train/DATE_TIME, or a model of --help")
     device, folders = pick_accelerator(c.accelerator), find_models(c.checkpoints)
     models = [load_pretrained(folder).to(device) for folder in folders]
     data = data_of(folders[0], c.data, typed)
-    images = get_dataset(data.dataset, c.split, data.root, data.image_size, c.limit, c.seed, data.on_error)
+    images = get_dataset(data.dataset, c.split, data.root, data.image_size, c.limit, c.seed,
+                         data.on_error)
     workers = worker_count(images) if data.num_workers is None else data.num_workers
     loader = DataLoader(images, data.batch_size, num_workers=workers)
     lpips, fid = load_lpips() if c.lpips else None, load_fid(device) if c.fid else None
@@ -688,14 +777,16 @@ def evaluate(c: Evaluate, typed: dict):
     print(f"{images.label}: {len(images):,} images of {size}, partition {c.split}", flush=True)
     rows = []
     for folder, model in zip(folders, models):
-        name = folder.name if folder.parent == SHIPPED else f"{display_name(model)} {os.path.relpath(folder)}"
+        name = (folder.name if folder.parent == SHIPPED
+                else f"{display_name(model)} {os.path.relpath(folder)}")
         new = evaluation_rows(name, model, loader, device, c.coefficient_bits, lpips, fid)
         new[0].update(measured(model, images, 1000))
         rows += new
     print(f"\n{format_table(rows)}")
-    table = write_results(c.output_dir, rows, configuration=asdict(c), data=images.label, partition=c.split,
-                          crop=f"centre square, {size}", models=[str(folder) for folder in folders],
-                          skipped=left_out(images), model_configurations=[read_config(folder) for folder in folders])
+    table = write_results(c.output_dir, rows, configuration=asdict(c), data=images.label,
+                          partition=c.split, crop=f"centre square, {size}",
+                          models=[str(folder) for folder in folders], skipped=left_out(images),
+                          model_configurations=[read_config(folder) for folder in folders])
     print(f"\nWritten to {table} and results.json")
 
 # %% ../nbs/15_cli.ipynb #0076
@@ -707,10 +798,11 @@ class Reconstruct(Settings):
   laser_reconstruct outputs/train/DATE_TIME photo.jpg       every model of the run, side by side
   laser_reconstruct CHECKPOINT FOLDER_OF_PICTURES coefficient_bits=8
   laser_reconstruct CHECKPOINT a.png b.png size=256         centre square of 256x256 instead of the whole picture"""
-    checkpoint: str = option("", "a run (the best of each model), a checkpoint, a saved model or the name of one "
-                                 "below; nothing: all below", path=True)
+    checkpoint: str = option("", "a run (the best of each model), a checkpoint, a saved model or "
+                                 "the name of one below; nothing: all below", path=True)
     images: list[str] = option([], "files and folders", path=True)
-    whole: bool = option(True, "whole pictures; false: the centre square, of the training images' size")
+    whole: bool = option(True, "whole pictures; "
+                               "false: the centre square, of the training images' size")
     size: Optional[int] = option(None, "side of the centre square; null: see whole")
     coefficient_bits: Optional[int] = option(None, "round continuous coefficients to so many bits")
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
@@ -737,7 +829,8 @@ def margin(model) -> int | None:
     for part in (model.encoder, model.pre_bottleneck, model.post_bottleneck, model.decoder):
         for layer in part.modules():
             if isinstance(layer, nn.ConvTranspose2d): step //= layer.stride[0]
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)): reach += step*(layer.kernel_size[0] - 1)
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                reach += step*(layer.kernel_size[0] - 1)
             if isinstance(layer, nn.Conv2d): step *= layer.stride[0]
     return (reach//2//model.divisor + 2)*model.divisor  # even kernels look farther on one side
 
@@ -759,14 +852,18 @@ def by_tiles(
             t, l = max(0, top - (edge or 0)), max(0, left - (edge or 0))
             part = x[..., t:top + tile + (edge or 0), l:left + tile + (edge or 0)]
             with torch.no_grad(): part = model(part.to(device)).reconstruction.float().cpu()
-            y[..., top:top + tile, left:left + tile] = part[..., top - t:top - t + tile, left - l:left - l + tile]
+            y[..., top:top + tile, left:left + tile] = part[..., top - t:top - t + tile,
+                                                            left - l:left - l + tile]
     return y[..., :h, :w]
 
 # %% ../nbs/15_cli.ipynb #0081
 def output_names(files: list[Path]) -> list[str]:
     "Names for the outputs: the file's stem, with its folder or a number where that is not enough."
-    def short(name): return name if len(os.fsencode(name)) <= 150 else os.fsencode(name)[:150].decode(errors="ignore")
-    for names in ([short(f.stem) for f in files], [short(f"{f.parent.name}_{f.stem}") for f in files]):
+    def short(name):
+        return (name if len(os.fsencode(name)) <= 150
+                else os.fsencode(name)[:150].decode(errors="ignore"))
+    for names in ([short(f.stem) for f in files],
+                  [short(f"{f.parent.name}_{f.stem}") for f in files]):
         if len({name.casefold() for name in names}) == len(names): return names
     return [short(f"{i:04d}_{f.stem}") for i, f in enumerate(files)]
 
@@ -787,14 +884,17 @@ def sheet_figure(rows):
     "One row a picture: name, original, and by model (dictionaries) reconstruction, error map and MSE."
     from laser.plots import get_grid, show_image
     names, top = list(rows[0][2]), max(brightest(m) for row in rows for m in row[3].values())
-    figure, axes = get_grid(len(rows)*(1 + 2*len(names)), nrows=len(rows), ncols=1 + 2*len(names), size=2.2)
+    figure, axes = get_grid(len(rows)*(1 + 2*len(names)), nrows=len(rows),
+                            ncols=1 + 2*len(names), size=2.2)
     for line, (title, x, pictures, maps, errors) in zip(axes, rows):
         show_image(x, line[0], shown(title))
         for i, name in enumerate(names):
             show_image(pictures[name], line[1 + 2*i], name)
             head = f"error, MSE {errors[name]:.2g}"
-            last = show_image(maps[name], line[2 + 2*i], head, cmap="magma", vmin=0, vmax=top).images[0]
-    figure.colorbar(last, ax=list(axes.flat), fraction=0.02, extend="max", label="squared error, mean over RGB")
+            last = show_image(maps[name], line[2 + 2*i], head, cmap="magma",
+                              vmin=0, vmax=top).images[0]
+    figure.colorbar(last, ax=list(axes.flat), fraction=0.02, extend="max",
+                    label="squared error, mean over RGB")
     return figure
 
 # %% ../nbs/15_cli.ipynb #0090
@@ -802,7 +902,8 @@ def thumbnail(x):
     "A picture [3, H, W] or a map [H, W], for the sheet."
     from torch.nn.functional import interpolate
     small = min(1, 512/max(x.shape[-2:]))
-    return interpolate(x.reshape(1, -1, *x.shape[-2:]), scale_factor=small, mode="area")[0].squeeze(0)
+    return interpolate(x.reshape(1, -1, *x.shape[-2:]),
+                       scale_factor=small, mode="area")[0].squeeze(0)
 
 # %% ../nbs/15_cli.ipynb #31839bd1
 SHEET_ROWS = 16
@@ -823,16 +924,22 @@ def reconstruct(c: Reconstruct, typed: dict):
     from laser.models import load_pretrained
     from laser.training import pick_accelerator
     if not c.images: raise ValueError("name at least one picture; --help shows how")
-    device, folders = pick_accelerator(c.accelerator), find_models([c.checkpoint] if c.checkpoint else [])
-    models = {display_name(model): model.to(device).eval() for model in map(load_pretrained, folders)}
+    device, folders = (pick_accelerator(c.accelerator),
+                       find_models([c.checkpoint] if c.checkpoint else []))
+    models = {display_name(model): model.to(device).eval()
+              for model in map(load_pretrained, folders)}
     if c.coefficient_bits is not None:
         can = [m.bottleneck for m in models.values() if hasattr(m.bottleneck, "coefficient_bits")]
-        if not can: raise ValueError(f"coefficient_bits is for models with coefficients; {', '.join(models)} has none")
+        if not can:
+            raise ValueError("coefficient_bits is for models with coefficients; "
+                             f"{', '.join(models)} has none")
         for bottleneck in can: bottleneck.coefficient_bits = c.coefficient_bits
     size = c.size or (None if c.whole else trained_size(folders[0]))
-    files = [f for place in map(Path, c.images) for f in (image_files(place) if place.is_dir() else [place])]
+    files = [f for place in map(Path, c.images)
+             for f in (image_files(place) if place.is_dir() else [place])]
     rows, failed = [], []
-    print(f"{len(files)} picture(s); {', '.join(f'{name}: {rate(m)}' for name, m in models.items())}", flush=True)
+    print(f"{len(files)} picture(s); "
+          f"{', '.join(f'{name}: {rate(m)}' for name, m in models.items())}", flush=True)
     for i, (file, name) in enumerate(zip(files, output_names(files)), 1):
         try:
             x = load_image(file, size)
@@ -840,31 +947,38 @@ def reconstruct(c: Reconstruct, typed: dict):
             maps = {kind: (x - y).square().mean(0) for kind, y in pictures.items()}
             with files_into(c.output_dir) as new:
                 for kind, y in pictures.items():
-                    start = new/(name if len(models) == 1 else f"{name}_{models[kind].bottleneck.name}")
+                    start = new/(name if len(models) == 1
+                                 else f"{name}_{models[kind].bottleneck.name}")
                     save_image(y, f"{start}_reconstruction.png")
                     m = maps[kind]
-                    plt.imsave(f"{start}_error.png", m.numpy(), cmap="magma", vmin=0, vmax=brightest(m))
+                    plt.imsave(f"{start}_error.png", m.numpy(), cmap="magma",
+                               vmin=0, vmax=brightest(m))
         except (OSError, ValueError) as e:
             failed.append(fail("laser_reconstruct", e))
             continue
         errors = {kind: float(m.mean()) for kind, m in maps.items()}
-        quality = ", ".join(f"{kind} PSNR {-10*math.log10(max(e, 1e-12)):.2f} dB" for kind, e in errors.items())
+        quality = ", ".join(f"{kind} PSNR {-10*math.log10(max(e, 1e-12)):.2f} dB"
+                            for kind, e in errors.items())
         print(f"[{i}/{len(files)}] {name}: {x.shape[-2]}x{x.shape[-1]}, {quality}", flush=True)
         if len(rows) < SHEET_ROWS:
-            small = [{kind: thumbnail(picture) for kind, picture in d.items()} for d in (pictures, maps)]
+            small = [{kind: thumbnail(picture) for kind, picture in d.items()}
+                     for d in (pictures, maps)]
             rows.append((file.name, thumbnail(x), *small, errors))
     if rows:
         sheet_figure(rows).savefig(Path(c.output_dir)/"sheet.png", dpi=110)
         print(f"{len(rows)} of {len(files)} side by side: {Path(c.output_dir)/'sheet.png'}")
-    if failed: return fail("laser_reconstruct", f"{len(failed)} of {len(files)} pictures failed; they are named above")
+    if failed:
+        return fail("laser_reconstruct",
+                    f"{len(failed)} of {len(files)} pictures failed; they are named above")
 
 # %% ../nbs/15_cli.ipynb #0096
 @dataclass
 class OneModel(Settings):
-    checkpoint: str = option("dl-celeba-128", "a run of one model (its best is taken), a checkpoint, a saved model "
-                             "or a name below", path=True)
+    checkpoint: str = option("dl-celeba-128", "a run of one model (its best is taken), "
+                             "a checkpoint, a saved model or a name below", path=True)
     accelerator: str = option("auto", "auto, cpu, cuda or mps")
-    rate_weight: Optional[float] = option(None, "what a bit weighs against squared error; null: as the model has it")
+    rate_weight: Optional[float] = option(None, "what a bit weighs against squared error; "
+                                                "null: as the model has it")
 
 # %% ../nbs/15_cli.ipynb #be8a7442
 def one_model(c):
@@ -882,11 +996,14 @@ def one_model(c):
 def convert(command, work, *options):
     "One line a file, what they take together, and how many failed: the exit code."
     failed = []
-    written = work(*options, progress=True, on_error=lambda error: failed.append(fail(command, error)))
+    written = work(*options, progress=True,
+                   on_error=lambda error: failed.append(fail(command, error)))
     for w in written: print(f"{w.source} -> {w.target}: {w.height}x{w.width}, {w.bytes:,} bytes")
     pixels, size = sum(w.height*w.width for w in written), sum(w.bytes for w in written)
     if written: print(f"{len(written)} file(s), {size:,} bytes, {8*size/pixels:.4f} bits a pixel")
-    if failed: return fail(command, f"{len(failed)} of {len(written) + len(failed)} files failed; they are named above")
+    if failed:
+        return fail(command, f"{len(failed)} of {len(written) + len(failed)} files failed; "
+                             "they are named above")
 
 # %% ../nbs/15_cli.ipynb #5563968d
 @dataclass
@@ -906,7 +1023,8 @@ def compress(c: Compress, typed: dict):
     "What `laser_compress` does."
     from laser.codec import compress_files
     model, _ = one_model(c)
-    return convert("laser_compress", compress_files, model, c.files, c.to, c.rate_weight, c.overwrite)
+    return convert("laser_compress", compress_files, model, c.files, c.to,
+                   c.rate_weight, c.overwrite)
 
 # %% ../nbs/15_cli.ipynb #b07f95cf
 @dataclass
@@ -934,7 +1052,8 @@ class Encode(OneModel):
   laser_encode RUN data.root=FOLDER split=all file=codes.safetensors"""
     data: Any = group("checkpoint", "which images; checkpoint: those that the model was trained on")
     split: str = option("train", "train, val, test, or all of a folder")
-    file: Optional[str] = option(None, "where the codes go; null: codes_SPLIT.safetensors in output_dir", path=True)
+    file: Optional[str] = option(None, "where the codes go; "
+                                       "null: codes_SPLIT.safetensors in output_dir", path=True)
 
 # %% ../nbs/15_cli.ipynb #eb122e32
 @command(Encode, ("checkpoint",))
@@ -946,7 +1065,8 @@ def encode(c: Encode, typed: dict):
     data = data_of(folder, c.data, typed)
     images = get_dataset(data.dataset, c.split, data.root, data.image_size, on_error=data.on_error)
     file = c.file or os.path.join(c.output_dir, f"codes_{c.split}.safetensors")
-    print(f"{images.label}: {len(images):,} images of {data.image_size}x{data.image_size} to {file}", flush=True)
+    print(f"{images.label}: {len(images):,} images of {data.image_size}x{data.image_size} "
+          f"to {file}", flush=True)
     print(encode_dataset(model, images, file, data.batch_size, c.rate_weight, progress=True))
 
 # %% ../nbs/15_cli.ipynb #0098
@@ -958,7 +1078,8 @@ five figures and the tables of the pixel-level study, in about a minute.
   laser_compare                                             CelebA if CELEBA_DIR is set, else the built-in sample
   laser_compare data.root=my/pictures num_images=8          a folder of pictures, or of CelebA
   laser_compare data=sample num_embeddings=32 sparsity_level=3"""
-    data: Any = group("auto", "which images; auto: CelebA if CELEBA_DIR is set, else the built-in sample")
+    data: Any = group("auto", "which images; "
+                              "auto: CelebA if CELEBA_DIR is set, else the built-in sample")
     num_images: int = option(4, "how many")
     num_embeddings: int = option(16, "entries and atoms, K")
     sparsity_level: int = option(4, "atoms a pixel, S")
@@ -974,8 +1095,10 @@ def own_keys(c, settings):
 def compare(c: Compare, typed: dict):
     "What `laser_compare` does."
     from laser.comparison import run_comparison
-    source, root = (c.data.root, None) if c.data.dataset == "folder" else (c.data.dataset, c.data.root)
-    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir, **own_keys(c, Compare))
+    source, root = ((c.data.root, None) if c.data.dataset == "folder"
+                    else (c.data.dataset, c.data.root))
+    run_comparison(source=source, root=root, size=c.data.image_size, out=c.output_dir,
+                   **own_keys(c, Compare))
 
 # %% ../nbs/15_cli.ipynb #81265dde
 @dataclass
@@ -991,8 +1114,10 @@ class Benchmark(Settings):
     signals: Optional[int] = option(None, "signals in each case; null: chosen for each")
     cases: Any = option("all", "all, a size MxKxS, or a list of sizes [MxKxS,...]")
     peers: Any = option("all", "all, none, the name of a package, or a list of names")
-    data: Any = group("auto", "where signals come from; auto: CelebA if CELEBA_DIR is set, else the built-in sample")
-    model: Optional[str] = option(None, "a run or checkpoint of a DL-VAE: its latents and dictionary too", path=True)
+    data: Any = group("auto", "where signals come from; "
+                              "auto: CelebA if CELEBA_DIR is set, else the built-in sample")
+    model: Optional[str] = option(None, "a run or checkpoint of a DL-VAE: "
+                                        "its latents and dictionary too", path=True)
     memory: bool = option(True, "working memory too, each in a process of its own")
     grow: bool = option(False, "and how time grows from 64x512x5 with each of its numbers")
     seed: int = option(0, "of the choice of signals and entries")

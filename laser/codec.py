@@ -89,9 +89,9 @@ def walk(
     tables,                # a model of the codes, such as `FixedTables`
     height: int,           # rows of the grid of codes
     width: int,            # codes in a row
-    code,                  # (which codes [n], t, frequencies [K] or [n, K]) -> their t-th symbols [n]
+    code,                  # (which codes [n], t, frequencies [K] or [n, K]) -> t-th symbols [n]
     budget: float = np.inf,   # bits after which to give up, with a ValueError
-) -> tuple[np.ndarray, float]:  # symbols int64 [height * width, T], 0 after a code's end; their ideal bits
+) -> tuple[np.ndarray, float]:  # symbols int64 [height * width, T], 0 past a code's end; ideal bits
     "Visit every symbol of an image, in the order of the stream."
     bands, bits, lines = [], 0.0, max(1, BAND // width)
     for top in range(0, height, lines):
@@ -106,14 +106,16 @@ def walk(
                     f = tables.table(table, group, path[group])
                     symbols[group] = s = code(rows[group] + top * width, own.shape[1], f)
                     places[group] = tables.starts[table] + s
-                    bits += len(s) * PRECISION - np.log2(f[s] if f.ndim == 1 else f[np.arange(len(s)), s]).sum()
+                    bits += (len(s) * PRECISION
+                             - np.log2(f[s] if f.ndim == 1 else f[np.arange(len(s)), s]).sum())
                 if bits > budget: raise ValueError("its symbols go on after its last byte")
                 own, path = np.column_stack([own, symbols]), np.column_stack([path, places])
             values = np.pad(values, ((0, 0), (0, max(0, own.shape[1] - values.shape[1]))))
             values[rows, :own.shape[1]] = own
         bands.append(values)
     longest = max(band.shape[1] for band in bands)
-    return np.concatenate([np.pad(band, ((0, 0), (0, longest - band.shape[1]))) for band in bands]), bits
+    return (np.concatenate([np.pad(band, ((0, 0), (0, longest - band.shape[1])))
+                            for band in bands]), bits)
 
 # %% ../nbs/11_codec.ipynb #0018
 CODES_PER_BYTE = 256  # a stream has at least one byte for so many codes
@@ -142,8 +144,8 @@ def write_symbols(
     def put(rows, t, f):
         symbols = values[rows, t]
         if symbols.min() < 0 or symbols.max() >= f.shape[-1]:
-            raise ValueError(f"a code's symbol {t} is outside 0..{f.shape[-1] - 1}; its bottleneck's symbol_values and "
-                             "table_sizes do not agree")
+            raise ValueError(f"a code's symbol {t} is outside 0..{f.shape[-1] - 1}; its "
+                             "bottleneck's symbol_values and table_sizes do not agree")
         if f.shape[-1] > 1: encoder.encode(symbols.astype(np.int32), *_categorical(f))
         return symbols
 
@@ -189,7 +191,8 @@ def fingerprint(
     # a number beside the weights that values depend on
     step = getattr(model.bottleneck, "step", None)
     digest = hashlib.sha256(json.dumps([model.bottleneck.name, step, shapes]).encode())
-    for name in names: digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name in names:
+        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return int.from_bytes(digest.digest()[:4], "little")
 
 # %% ../nbs/11_codec.ipynb #0030
@@ -208,22 +211,26 @@ def _add_header(payload, point, size, identity):
 def parse_stream(
     stream: bytes,     # what `compress` gave
     identity: int,     # `fingerprint` of the model that is to decode it
-) -> tuple[int, tuple[int, int], bytes]:  # rate point, (height, width) of the image, its symbols as bytes
+) -> tuple[int, tuple[int, int], bytes]:  # rate point, (height, width) in pixels, symbols as bytes
     "Take a stream apart; `ValueError` for one that is foreign, damaged, cut short or another model's."
     if not isinstance(stream, (bytes, bytearray, memoryview)):
-        raise TypeError(f"a stream is bytes, not {type(stream).__name__}; pass a list of them, one an image")
+        raise TypeError(f"a stream is bytes, not {type(stream).__name__}; pass a list of them, "
+                        "one an image")
     stream = bytes(stream)
     if len(stream) < HEADER.size:
-        raise ValueError(f"it has {len(stream)} bytes, fewer than its header of {HEADER.size}; was it cut short?")
+        raise ValueError(f"it has {len(stream)} bytes, fewer than its header of {HEADER.size}; "
+                         "was it cut short?")
     magic, version, point, height, width, model, checksum = HEADER.unpack_from(stream)
-    if magic != MAGIC: raise ValueError(f"it begins with {stream[:2]!r}, not {MAGIC!r}: it is no LASER stream")
+    if magic != MAGIC:
+        raise ValueError(f"it begins with {stream[:2]!r}, not {MAGIC!r}: it is no LASER stream")
     if version != VERSION:
-        raise ValueError(f"it has version {version} of the format, this package reads {VERSION}; update laser")
+        raise ValueError(f"it has version {version} of the format, this package reads {VERSION}; "
+                         "update laser")
     if zlib.crc32(stream[HEADER.size:], zlib.crc32(stream[:HEADER.size - 4])) != checksum:
         raise ValueError("its checksum is wrong: it was damaged or cut short; fetch it again")
     if model != identity:
-        raise ValueError(f"another model wrote it (fingerprint {model:08x}, this one has {identity:08x}); "
-                         "load that model")
+        raise ValueError(f"another model wrote it (fingerprint {model:08x}, this one has "
+                         f"{identity:08x}); load that model")
     if not height or not width: raise ValueError(f"it claims an image of {height} x {width}")
     return point, (height, width), stream[HEADER.size:]
 
@@ -282,7 +289,8 @@ def codes_to_streams(
     "One stream for each image. `ValueError` without tables or a finite alphabet: it says what to set."
     bottleneck, (h, w) = model.bottleneck, grid_of(model, size)
     _check_tables(bottleneck)
-    identity, (fixed, context), (rate, extra) = fingerprint(model), _models(model), _rate_bytes(bottleneck)
+    identity, (fixed, context), (rate, extra) = (fingerprint(model), _models(model),
+                                                 _rate_bytes(bottleneck))
     values = bottleneck.symbols(codes)[0].cpu().numpy()
     if h * w == 0 or len(values) % (h * w) or max(size) > LONGEST_SIDE:
         raise ValueError(f"{len(values)} codes are no images of {size[0]} x {size[1]} pixels, "
@@ -328,7 +336,8 @@ def streams_to_codes(
     "Streams to codes, exactly. `ValueError` for a stream that is damaged, foreign or another model's."
     kinds, values = zip(*_read(model, streams))
     if len(set(kinds)) > 1:
-        raise ValueError(f"expected images of one size and rate, got {sorted(set(kinds))}; decompress takes several")
+        raise ValueError(f"expected images of one size and rate, got {sorted(set(kinds))}; "
+                         "decompress takes several")
     *size, weight = kinds[0]
     with _coding(model, weight): return _to_codes(model, values, size), tuple(size)
 
@@ -349,15 +358,16 @@ def _to_codes(model, values, size):
 # %% ../nbs/11_codec.ipynb #0047
 def compress(
     model,                              # an Autoencoder with fitted tables
-    images,                             # float [B, 3, H, W] in [0, 1], or a list of [3, H, W] of any sizes
-    rate_weight: float | None = None,   # lambda: squared error that one bit is worth; None: the bottleneck's own
+    images,                             # float [B, 3, H, W] in [0, 1]; list of [3, H, W], any sizes
+    rate_weight: float | None = None,   # lambda, squared error a bit is worth; None: the model's
 ) -> list[bytes]:                       # one stream an image
     "Images to streams; sides up to 65,535 pixels. `ValueError` without tables: call `model.fit_tables(images)`."
     batches = [images] if torch.is_tensor(images) else [image[None] for image in images]
     if any(x.ndim != 4 for x in batches):
         raise ValueError("images must be a tensor [B, 3, H, W] or a list of tensors [3, H, W]")
     if rate_weight is not None and "rate_weight" not in bottleneck_options(type(model.bottleneck)):
-        raise ValueError(f"a {type(model.bottleneck).__name__} has one rate only: leave rate_weight out")
+        raise ValueError(f"a {type(model.bottleneck).__name__} has one rate only: "
+                         "leave rate_weight out")
     streams = []
     with _coding(model, rate_weight):
         _check_tables(model.bottleneck)  # what is missing is said before the work
@@ -371,14 +381,15 @@ def compress(
 def decompress(
     model,                   # the model that wrote them
     streams: list[bytes],    # what `compress` gave
-) -> Tensor | list[Tensor]:  # images [B, 3, H, W] in [0, 1], or a list of [3, H, W] where sizes differ
+) -> Tensor | list[Tensor]:  # images [B, 3, H, W] in [0, 1]; list of [3, H, W] where sizes differ
     "Streams to images. `ValueError` for a stream that is damaged, foreign or another model's."
     if not isinstance(streams, (list, tuple)) or not streams:
         raise ValueError("decompress takes a list of streams, one an image")
     kinds, values = zip(*_read(model, streams))
     together = len(set(kinds)) == 1
     pictures = []
-    for (*size, weight), own in [(kinds[0], values)] if together else zip(kinds, [[v] for v in values]):
+    for (*size, weight), own in ([(kinds[0], values)] if together
+                                 else zip(kinds, [[v] for v in values])):
         with _coding(model, weight): picture = model.decode(_to_codes(model, own, size))
         pictures.append(picture[..., :size[0], :size[1]])
     if together: return pictures[0]
@@ -438,7 +449,7 @@ def compress_files(
     rate_weight: float | None = None,   # as in `compress`
     overwrite: bool = False,            # whether files that exist may be replaced
     progress: bool = False,             # show a bar
-    on_error=None,                      # called with the error of a file, which is then left out; None: raise it
+    on_error=None,                      # called with a file's error, to leave it out; None: raise
 ) -> list[Written]:
     "Write a stream for every image, in its whole size. `OSError` names an image that cannot be read."
     from laser.checkpoints import write_beside
@@ -459,7 +470,7 @@ def decompress_files(
     output: str | Path | None = None,   # folder to write into; None: beside each stream
     overwrite: bool = False,            # whether files that exist may be replaced
     progress: bool = False,             # show a bar
-    on_error=None,                      # called with the error of a file, which is then left out; None: raise it
+    on_error=None,                      # called with a file's error, to leave it out; None: raise
 ) -> list[Written]:
     "Write a PNG for every stream. `ValueError` names a file that is damaged, foreign or another model's."
     from PIL import Image
@@ -506,8 +517,9 @@ class EncodedImages:
             header = json.loads(f.read(length))
         self.metadata = header.pop("__metadata__")
         self.names = json.loads(self.metadata["names"])
-        def array(a): return np.memmap(self.file, DTYPES[a["dtype"]], mode, 8 + length + a["data_offsets"][0],
-                                       tuple(a["shape"]))
+        def array(a):
+            return np.memmap(self.file, DTYPES[a["dtype"]], mode, 8 + length + a["data_offsets"][0],
+                             tuple(a["shape"]))
         self.arrays = {name: array(a) for name, a in header.items()}
         self.bits = self.arrays.pop("bits")
 
@@ -520,7 +532,8 @@ class EncodedImages:
         return parts["codes"] if "codes" in parts else SparseCode(parts["indices"], parts["values"])
 
     def __repr__(self) -> str:
-        pixels, bits = len(self) * int(self.metadata["height"]) * int(self.metadata["width"]), np.nansum(self.bits)
+        pixels, bits = (len(self) * int(self.metadata["height"]) * int(self.metadata["width"]),
+                        np.nansum(self.bits))
         return (f"{len(self):,} images, {bits / 8 / 1024:,.1f} KiB of codes, "
                 f"{bits / pixels:.4f} bits a pixel ({self.metadata['rate']})")
 
@@ -537,7 +550,8 @@ def encode_dataset(
     from tqdm import tqdm
     file, bottleneck = Path(file).expanduser(), model.bottleneck
     part = file.with_name(file.name + ".part")
-    if file.exists(): raise FileExistsError(f"{file} is there already: choose another name, or remove it")
+    if file.exists():
+        raise FileExistsError(f"{file} is there already: choose another name, or remove it")
     device, priced = bottleneck.table_counts.device, len(bottleneck.rate_points) > 0
     with _coding(model, rate_weight):
         x = images.batch([0])
@@ -547,7 +561,8 @@ def encode_dataset(
             {k: ((len(images), *v.shape[1:]), v.dtype) for k, v in first.items()}
             | {"bits": ((len(images),), np.float64)},
             dict(names=json.dumps(names), fingerprint=f"{fingerprint(model):08x}",
-                 height=str(x.shape[2]), width=str(x.shape[3]), rate="ideal" if priced else "nominal",
+                 height=str(x.shape[2]), width=str(x.shape[3]),
+                 rate="ideal" if priced else "nominal",
                  rate_weight=str(bottleneck.rate_weight), batch_size=str(batch_size)))
         if not part.exists():
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -563,8 +578,11 @@ def encode_dataset(
             if not np.isnan(encoded.bits[rows]).any(): continue
             codes = model.encode(images.batch(range(rows.start, rows.stop)).to(device))
             for name, values in _arrays(codes).items(): encoded.arrays[name][rows] = values
-            if priced: encoded.bits[rows] = bottleneck.code_bits(codes).flatten(1).sum(1).cpu().numpy()
-            else: encoded.bits[rows] = bottleneck.bits_per_code() * int(np.prod(grid_of(model, x.shape[2:])))
+            if priced:
+                encoded.bits[rows] = bottleneck.code_bits(codes).flatten(1).sum(1).cpu().numpy()
+            else:
+                encoded.bits[rows] = (bottleneck.bits_per_code()
+                                      * int(np.prod(grid_of(model, x.shape[2:]))))
         for array in (*encoded.arrays.values(), encoded.bits): array.flush()
     part.rename(file)
     return EncodedImages(file)

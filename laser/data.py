@@ -105,7 +105,7 @@ def as_floats(
 # %% ../nbs/07_data.ipynb #0025
 def load_image(
     path,                      # an image file of any kind that Pillow reads
-    size: int | None = None,   # side of the centred square in pixels; None keeps the whole image as it is
+    size: int | None = None,   # side of the centred square in pixels; None keeps the whole image
 ) -> torch.Tensor:             # float [3, H, W] in [0, 1]
     "Read one image; raises `OSError` naming a file that cannot be read"
     image = read_rgb(path)
@@ -207,18 +207,21 @@ class FileImages(Images):
         size: int = 128,             # side in pixels
         limit: int | None = None,    # keep this many by a seeded choice
         seed: int = 0,               # seed of the choice
-        on_error: str = "raise",     # a file that cannot be read: "raise", or "skip": leave it out at the start
+        on_error: str = "raise",     # unreadable file: "raise" or "skip": leave it out at the start
         name: str = "files",         # what they are, for the label
         whole: bool = True,          # whether `files` are all there are of that name, or a sample
     ):
-        if on_error not in ("raise", "skip"): raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
-        self.files, self.size, self.skipped = [Path(file) for file in choose(files, limit, seed)], size, []
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
+        self.files, self.size, self.skipped = (
+            [Path(file) for file in choose(files, limit, seed)], size, [])
         self.label = name + part_of(len(self.files), len(files), whole)
         if on_error == "skip": self.skip_damaged()
 
     def __len__(self): return len(self.files)
     def read(self, path) -> Image.Image: return read_rgb(path)
-    def pixels(self, index, epoch=0): return pixels_of(square(self.read(self.files[index]), self.size))
+    def pixels(self, index, epoch=0):
+        return pixels_of(square(self.read(self.files[index]), self.size))
 
     def skip_damaged(self) -> None:
         "Read every file once and leave out those that fail; `ValueError` where none is left"
@@ -227,10 +230,12 @@ class FileImages(Images):
             except (OSError, ValueError) as error: return str(error)
         with ThreadPool() as pool:
             reading = pool.imap(error_of, self.files, chunksize=16)
-            errors = list(tqdm(reading, "reading each image once", len(self.files), leave=False, disable=None))
+            errors = list(tqdm(reading, "reading each image once",
+                               len(self.files), leave=False, disable=None))
         self.skipped = [path for path, error in zip(self.files, errors) if error]
         if not self.skipped: return
-        if all(errors): raise ValueError(f"none of the {len(errors):,} images can be read; {errors[0]}")
+        if all(errors):
+            raise ValueError(f"none of the {len(errors):,} images can be read; {errors[0]}")
         self.files = [path for path, error in zip(self.files, errors) if not error]
         self.label += f", {len(self.skipped):,} unreadable left out"
         more = " ..." if len(self.skipped) > 10 else ""
@@ -255,7 +260,8 @@ def part_by_name(
 ) -> str:                   # "train", "val" or "test"
     "The part that an image belongs to: a hash of its name against fixed thresholds; the same everywhere and for ever"
     name = unicodedata.normalize("NFD", PurePath(name).as_posix()).casefold()
-    digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(
+        unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "val" if place < val else "test" if place < val + test else "train"
 
@@ -273,22 +279,24 @@ class FolderImages(FileImages):
 
     def __init__(self,
         root,                        # folder of images, searched with its subfolders
-        split: str = "all",          # "all", "train", "val" or "test"; without subfolders: 80, 10 and 10 %, by name
+        split: str = "all",          # "all", "train", "val", "test"; without subfolders 80/10/10 %
         **options,                   # size, limit, seed, on_error: see `FileImages`
     ):
         check_split(split, ("all", "train", "val", "test"))
         root = Path(root).expanduser()
         parts = [part for part in ("train", "val", "test") if (root/part).is_dir()]
         if split != "all" and parts and split not in parts:
-            raise FileNotFoundError(f"{root} has the subfolders {', '.join(parts)} but no {split}; add it, or remove "
-                                    "them all")
+            raise FileNotFoundError(f"{root} has the subfolders {', '.join(parts)} but no {split}; "
+                                    "add it, or remove them all")
         files = image_files(root/split if split in parts else root)
         if split != "all" and not parts:
-            files, present = [path for path in files if part_by_name(path.relative_to(root)) == split], len(files)
+            files, present = ([path for path in files
+                               if part_by_name(path.relative_to(root)) == split], len(files))
             if not files:
-                raise ValueError(f"none of the {present:,} image(s) in {root} belongs to the {split} set: an image's "
-                                 "name decides (about 80 % train, 10 % val, 10 % test), so it never changes sides. "
-                                 "Put the images into subfolders train, val and test, or add more images")
+                raise ValueError(f"none of the {present:,} image(s) in {root} belongs to the "
+                                 f"{split} set: an image's name decides (about 80 % train, "
+                                 "10 % val, 10 % test), so it never changes sides. Put the images "
+                                 "into subfolders train, val and test, or add more images")
         name = f"folder {root.resolve().name}" + ("" if split == "all" else f", {split}")
         super().__init__(files, name=name, **options)
 
@@ -337,27 +345,32 @@ class CelebA(FileImages):
     "Aligned CelebA faces of one official partition: central 178x178 pixels, bicubic to `size`"
 
     def __init__(self,
-        root=None,                   # folder with the official layout; None: the environment variable CELEBA_DIR
+        root=None,                   # folder of the official layout; None: the variable CELEBA_DIR
         split: str = "test",         # "train", "val" or "test"
         **options,                   # size, limit, seed, on_error: see `FileImages`
     ):
         check_split(split)
         root = celeba_root() if root is None else Path(root).expanduser()
         if root is None:
-            raise FileNotFoundError("CelebA is not set up: set the environment variable CELEBA_DIR or data.root to a "
-                                    f"folder that holds {CELEBA_LAYOUT}")
+            raise FileNotFoundError("CelebA is not set up: set the environment variable CELEBA_DIR "
+                                    f"or data.root to a folder that holds {CELEBA_LAYOUT}")
         folder = root if root.name == "img_align_celeba" else root/"img_align_celeba"
-        if not folder.is_dir(): raise FileNotFoundError(f"{root} is not a CelebA folder: it must hold {CELEBA_LAYOUT}")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{root} is not a CelebA folder: it must hold {CELEBA_LAYOUT}")
         files = {path: os.path.basename(path) for path in _find_images(folder)}
         partition = celeba_partition(list(files.values()), folder.parent/"list_eval_partition.txt")
         files = [path for path, name in files.items() if partition[name] == split]
-        if not files: raise ValueError(f"{folder} has no image of the {split} partition; it must hold {CELEBA_LAYOUT}")
-        super().__init__(files, name=f"CelebA {split} partition", whole=len(files) == CELEBA_COUNTS[split], **options)
+        if not files:
+            raise ValueError(f"{folder} has no image of the {split} partition; "
+                             f"it must hold {CELEBA_LAYOUT}")
+        super().__init__(files, name=f"CelebA {split} partition",
+                         whole=len(files) == CELEBA_COUNTS[split], **options)
 
     def read(self, path):
         image = read_rgb(path)
         if image.size != (178, 218):
-            raise ValueError(f"{path} is {image.size[0]}x{image.size[1]}, not 178x218; use the aligned images")
+            raise ValueError(f"{path} is {image.size[0]}x{image.size[1]}, not 178x218; "
+                             "use the aligned images")
         return image
 
 # %% ../nbs/07_data.ipynb #0065
@@ -410,24 +423,28 @@ class SampleCrops(Images):
     def __init__(self,
         split: str = "train",         # "train", "val" or "test"
         size: int = 128,              # side of a crop in pixels; crops are not resized
-        limit: int | None = None,     # number of crops in an epoch; None: 1,024 for training, 64 otherwise
+        limit: int | None = None,     # crops in an epoch; None: 1,024 for training, 64 otherwise
         seed: int = 0,                # seed of the crops
     ):
         check_split(split)
-        if limit is not None and limit < 1: raise ValueError(f"limit must be at least 1, not {limit}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
         self.photographs = [pixels_of(sample_photograph(name)) for name in SAMPLE_SPLITS[split]]
         smallest = min(min(photograph.shape[1:]) for photograph in self.photographs)
         if not 1 <= size <= smallest:
-            raise ValueError(f"crops of the {split} photographs can be 1 to {smallest} pixels wide, not {size}")
+            raise ValueError(f"crops of the {split} photographs can be "
+                             f"1 to {smallest} pixels wide, not {size}")
         self.split, self.size, self.seed = split, size, seed
         self.length = limit or (1024 if split == "train" else 64)
-        self.label = f"built-in sample, {split}: crops of {len(self.photographs)} photograph(s), to see that it works"
+        self.label = (f"built-in sample, {split}: crops of {len(self.photographs)} photograph(s), "
+                      "to see that it works")
 
     def __len__(self): return self.length
 
     def pixels(self, index, epoch=0):
         generator = np.random.default_rng([self.seed, epoch if self.split == "train" else 0, index])
-        return random_crop(self.photographs[generator.integers(len(self.photographs))], self.size, generator)
+        return random_crop(self.photographs[generator.integers(len(self.photographs))],
+                           self.size, generator)
 
 # %% ../nbs/07_data.ipynb #0079
 def data_folder(
@@ -468,28 +485,31 @@ class Cifar10(Images):
     in_memory = True
 
     def __init__(self,
-        root=None,                   # folder that holds cifar-10-batches-py; None: see `data_folder`
-        split: str = "test",         # "train", "val" or "test"
-        size: int = 32,              # side in pixels; other than 32: resized, bicubic
-        limit: int | None = None,    # keep this many by a seeded choice
-        seed: int = 0,               # seed of the choice
-        download: bool = True,       # fetch the images where they are missing
+        root=None,                  # folder that holds cifar-10-batches-py; None: see `data_folder`
+        split: str = "test",        # "train", "val" or "test"
+        size: int = 32,             # side in pixels; other than 32: resized, bicubic
+        limit: int | None = None,   # keep this many by a seeded choice
+        seed: int = 0,              # seed of the choice
+        download: bool = True,      # fetch the images where they are missing
     ):
         from torchvision.datasets import CIFAR10
         check_split(split)
         root = data_folder(root)
-        fetch(root, CIFAR10.base_folder, (lambda place: CIFAR10(place, download=True)) if download else None,
+        fetch(root, CIFAR10.base_folder,
+              (lambda place: CIFAR10(place, download=True)) if download else None,
               CIFAR10.url, "data_batch_1 to data_batch_5 and test_batch")
         try: images = CIFAR10(root, train=split != "test").data
         except RuntimeError as error:
-            raise ValueError(f"{root/CIFAR10.base_folder} is damaged ({error}); remove it and try again") from error
+            raise ValueError(f"{root/CIFAR10.base_folder} is damaged ({error}); "
+                             "remove it and try again") from error
         tenth = len(images) // 10
         if split != "test": images = images[-tenth:] if split == "val" else images[:-tenth]
         self.images, self.size = images[choose(range(len(images)), limit, seed)], size
         self.label = f"CIFAR-10 {split} partition" + part_of(len(self.images), len(images))
 
     def __len__(self): return len(self.images)
-    def pixels(self, index, epoch=0): return pixels_of(square(Image.fromarray(self.images[index]), self.size))
+    def pixels(self, index, epoch=0):
+        return pixels_of(square(Image.fromarray(self.images[index]), self.size))
 
 # %% ../nbs/07_data.ipynb #bb3d9d2b
 IMAGENETTE = {      # folder -> torchvision's name of the version, shorter side of its images in pixels
@@ -517,7 +537,7 @@ class Imagenette(FileImages):
     official = {"train": 9469, "val": 3925}      # images in each official part
 
     def __init__(self,
-        root=None,                   # folder that holds a version of it, or is one; None: see `data_folder`
+        root=None,                   # folder that is or holds a version; None: see `data_folder`
         split: str = "test",         # "train", "val" or "test"
         size: int = 128,             # side in pixels: centred square, bicubic
         download: bool = True,       # fetch the images where they are missing
@@ -528,12 +548,15 @@ class Imagenette(FileImages):
         root = imagenette_folder(data_folder(root), size)
         version = IMAGENETTE.get(root.name, ("full",))[0]
         fetch(root.parent, root.name,
-              (lambda place: datasets.Imagenette(place, size=version, download=True)) if download else None,
-              f"https://s3.amazonaws.com/fast-ai-imageclas/{root.name}.tgz", "train and val with n01440764/*.JPEG")
+              (lambda place: datasets.Imagenette(place, size=version, download=True))
+              if download else None,
+              f"https://s3.amazonaws.com/fast-ai-imageclas/{root.name}.tgz",
+              "train and val with n01440764/*.JPEG")
         part = "val" if split == "test" else "train"
         files = image_files(root/part)
         whole = len(files) == self.official[part]
-        if split != "test": files = [path for path in files if part_by_name(path.name, test=0) == split]
+        if split != "test":
+            files = [path for path in files if part_by_name(path.name, test=0) == split]
         super().__init__(files, size, name=f"Imagenette {split} partition", whole=whole, **options)
 
 # %% ../nbs/07_data.ipynb #bc44993e
@@ -551,12 +574,13 @@ def get_dataset(
     **options,                   # further arguments of the class, for example download=False
 ) -> Images:
     "An image set by its name"
-    if name not in DATASETS: raise ValueError(f"there is no image set {name!r}; choose one of {', '.join(DATASETS)}")
+    if name not in DATASETS:
+        raise ValueError(f"there is no image set {name!r}; choose one of {', '.join(DATASETS)}")
     if name == "folder" and root is None:
         raise ValueError("the image set 'folder' needs data.root: set it to a folder of images")
     if name == "sample" and root is not None:
-        raise ValueError("the image set 'sample' is built in and takes no root; leave data.root out, or choose "
-                         "'folder'")
+        raise ValueError("the image set 'sample' is built in and takes no root; "
+                         "leave data.root out, or choose 'folder'")
     if root is not None: options["root"] = root
     if size is not None: options["size"] = size
     if issubclass(DATASETS[name], FileImages): options["on_error"] = on_error
@@ -564,24 +588,28 @@ def get_dataset(
 
 # %% ../nbs/07_data.ipynb #0099
 def load_images(
-    source="auto",           # "auto": CelebA if CELEBA_DIR is set, else the sample; a name in `DATASETS`; or a folder
+    source="auto",           # a folder, a name in `DATASETS` or "auto": CELEBA_DIR, else the sample
     n: int = 4,              # how many images, by a seeded choice
     split: str = "test",     # "train", "val" or "test"; of a folder all images are taken
     size: int = 128,         # side in pixels
     seed: int = 0,           # seed of the choice
-) -> tuple[torch.Tensor, str]:   # float [n, 3, size, size] in [0, 1] and what they are, for captions
+) -> tuple[torch.Tensor, str]:  # float [n, 3, size, size] in [0, 1] and what they are, for captions
     "A few images for a study, and their caption"
     if n < 1: raise ValueError(f"n must be at least 1, not {n}")
     if str(source) == "auto": source = "celeba" if celeba_root() else "sample"
     if str(source) == "sample":
         photographs = [pixels_of(sample_photograph(name)) for name in SAMPLE_BOXES]
-        crops = [random_crop(photographs[i % 4], size, np.random.default_rng([seed, i])) for i in range(n - 4)]
+        crops = [random_crop(photographs[i % 4], size, np.random.default_rng([seed, i]))
+                 for i in range(n - 4)]
         return (torch.cat([sample_images(size)[:n], *(as_floats(crop)[None] for crop in crops)]),
-                "scikit-image sample photographs" + (f" (4 pictures and {len(crops):,} random crops)" if crops else ""))
+                "scikit-image sample photographs"
+                + (f" (4 pictures and {len(crops):,} random crops)" if crops else ""))
     options = dict(size=size, limit=n, seed=seed)
-    images = get_dataset(source, split, **options) if str(source) in DATASETS else FolderImages(source, **options)
+    images = (get_dataset(source, split, **options)
+              if str(source) in DATASETS else FolderImages(source, **options))
     if len(images) < n:
-        raise ValueError(f"asked for {n:,} images, but the set ({images.label}) has {len(images):,}; lower n")
+        raise ValueError(f"asked for {n:,} images, "
+                         f"but the set ({images.label}) has {len(images):,}; lower n")
     return images.batch(range(n)), images.label
 
 # %% ../nbs/07_data.ipynb #5567c4ec
@@ -611,13 +639,14 @@ class CachedImages(Images):
         images: Images,    # the set; its images must not change with the epoch
     ):
         if images.in_memory:
-            raise ValueError(f"{images!r} is in memory already or changes with the epoch; use it without a cache, and "
-                             "put flips around the cache")
+            raise ValueError(f"{images!r} is in memory already or changes with the epoch; "
+                             "use it without a cache, and put flips around the cache")
         self.images, self.label, self.size = images, images.label, images.size
         self.nbytes = len(images) * 3 * images.size ** 2
         check_shared_memory(self.nbytes)
         logging.getLogger(__name__).info(repr(self))
-        self.bytes = torch.zeros(len(images), 3, images.size, images.size, dtype=torch.uint8).share_memory_()
+        self.bytes = torch.zeros(len(images), 3, images.size, images.size,
+                                 dtype=torch.uint8).share_memory_()
         self.known = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self): return len(self.images)
@@ -628,7 +657,8 @@ class CachedImages(Images):
             self.known[index] = True
         return self.bytes[index]
 
-    def __repr__(self): return f"{super().__repr__()[:-1]}, cache of {self.nbytes / 2**20:,.0f} MiB)"
+    def __repr__(self):
+        return f"{super().__repr__()[:-1]}, cache of {self.nbytes / 2**20:,.0f} MiB)"
 
 # %% ../nbs/07_data.ipynb #16c3a2d9
 def check_shared_memory(
@@ -656,12 +686,14 @@ class EpochSampler:
         world_size: int = 1,        # number of processes
     ):
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size is {batch_size}: it counts the images of all processes and must be a "
-                             f"positive multiple of their number, {world_size}")
-        if not 0 <= rank < world_size: raise ValueError(f"rank must be 0 to {world_size - 1}, not {rank}")
+            raise ValueError(f"batch_size is {batch_size}: "
+                             "it counts the images of all processes "
+                             f"and must be a positive multiple of their number, {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be 0 to {world_size - 1}, not {rank}")
         if n < 1 or (drop_last and n < batch_size):
-            raise ValueError(f"there are {n:,} images, fewer than one batch of {batch_size}; lower data.batch_size or add "
-                             "images")
+            raise ValueError(f"there are {n:,} images, fewer than one batch of {batch_size}; "
+                             "lower data.batch_size or add images")
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
@@ -669,12 +701,12 @@ class EpochSampler:
 
     def set_epoch(self,
         epoch: int,             # number of the epoch, from 0
-        start_step: int = 0,    # leave out this many batches: how many were done before an interruption
+        start_step: int = 0,    # batches to leave out: those done before an interruption
     ) -> None:
         "Choose the epoch, and the step within it, at which the next iteration starts"
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step must be 0 to {self.steps_per_epoch}, the number of steps in an epoch, not "
-                             f"{start_step}")
+            raise ValueError(f"start_step must be 0 to {self.steps_per_epoch}, "
+                             f"the number of steps in an epoch, not {start_step}")
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self): return self.steps_per_epoch - self.start_step
@@ -702,9 +734,9 @@ def make_loaders(
     val: Images,                       # validation set, in its own order, every image once
     batch_size: int = 64,              # images in a batch over all processes together
     flip: bool = True,                 # mirror half of the training images, anew each epoch
-    cache: bool = False,               # keep decoded images in shared memory (sets read from files only)
+    cache: bool = False,               # decoded images in shared memory (sets read from files only)
     num_workers: int | None = None,    # worker processes a loader; None: see `worker_count`
-    pin_memory: bool | None = None,    # page-locked batches for fast copies; None: where there is a CUDA device
+    pin_memory: bool | None = None,    # page-locked batches, fast to copy; None: with a CUDA device
     seed: int = 0,                     # seed of order and flips
     rank: int = 0,                     # number of this process
     world_size: int = 1,               # number of processes
@@ -719,7 +751,8 @@ def make_loaders(
         sampler = EpochSampler(len(images), batch_size, seed, shuffle=training, drop_last=training,
                                rank=rank, world_size=world_size)
         loaders.append(DataLoader(
-            ByteItems(images), batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
+            ByteItems(images), batch_sampler=sampler,
+            num_workers=workers, persistent_workers=workers > 0,
             pin_memory=pin_memory, generator=torch.Generator().manual_seed(seed)))
     return tuple(loaders)
 

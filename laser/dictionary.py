@@ -20,11 +20,13 @@ def first_atoms(
     generator: torch.Generator,  # draws the signals that become atoms beyond the first M
 ) -> Tensor:  # [M, K], unit norm
     "Principal axes of the signals, largest first, then directions of random signals. `ValueError` where all are zero."
-    axes = torch.linalg.eigh((signals.T @ signals).double()).eigenvectors.flip(1).to(signals)   # [M, M]
+    # [M, M]
+    axes = torch.linalg.eigh((signals.T @ signals).double()).eigenvectors.flip(1).to(signals)
     rows = signals.abs().amax(1).nonzero()[:, 0]
     if not len(rows): raise ValueError("all signals are zero: there is no direction to start from")
     draws = torch.rand(max(0, num_atoms - len(axes)), generator=generator).to(signals.device)
-    return normalize_atoms(torch.cat([axes[:, :num_atoms], signals[rows[(draws * len(rows)).long()]].T], 1))
+    return normalize_atoms(torch.cat([axes[:, :num_atoms],
+                                      signals[rows[(draws * len(rows)).long()]].T], 1))
 
 # %% ../nbs/12_dictionary.ipynb #0009
 def optimal_atoms(
@@ -40,7 +42,7 @@ def optimal_atoms(
 @torch.no_grad()
 def fit_dictionary(
     bottleneck: DictionaryLearning,  # its options say how signals are coded; its atoms are replaced
-    signals: Tensor,  # [N, M] float, of the kind it codes: with patch_size p, patches of D * p * p numbers
+    signals: Tensor,  # [N, M] float, such as it codes: with patch_size p, patches, M = D * p * p
     rounds: int = 20,  # of coding and solving
     batch: int = 2**15,  # signals coded in a round
     seed: int = 0,  # of all draws
@@ -49,20 +51,24 @@ def fit_dictionary(
 
     Sources: Engan, Aase and Husøy 1999 (MOD); Mairal et al. 2009 (running sums); Aharon et al. 2006 (replacement).
     """
-    K, generator, training = bottleneck.num_embeddings, torch.Generator().manual_seed(seed), bottleneck.training
+    K, generator, training = (bottleneck.num_embeddings, torch.Generator().manual_seed(seed),
+                              bottleneck.training)
     bottleneck.train().set_dictionary(first_atoms(signals, K, generator))
     gram = cross = 0.0
     for _ in range(rounds):
-        x = signals[(torch.rand(batch, generator=generator) * len(signals)).long().to(signals.device)]
+        x = signals[(torch.rand(batch, generator=generator) * len(signals)
+                     ).long().to(signals.device)]
         code = bottleneck.training_codes(x)
-        a = code.dense(K)                                                                # [batch, K]
+        a = code.dense(K)                                                               # [batch, K]
         if bottleneck.rate_weight:
-            bottleneck.level_counts.copy_(count_levels(code, K, bottleneck.max_level, bottleneck.level_width))
+            bottleneck.level_counts.copy_(count_levels(code, K, bottleneck.max_level,
+                                                       bottleneck.level_width))
         gram, cross = gram / 2 + a.T @ a, cross / 2 + x.T @ a
         atoms, left = optimal_atoms(gram, cross), x - bottleneck.decode_signals(code)
         idle = ((a != 0).sum(0) <= 1e-4 * batch).nonzero()[:, 0]
         worst = left.square().sum(1).topk(max(batch // 20, 1)).indices
         draws = torch.rand(len(idle), generator=generator).to(x.device) * len(worst)
         atoms[:, idle] = left[worst[draws.long()]].T
-        bottleneck.set_dictionary(torch.where(atoms.abs().amax(0) > 0, atoms, bottleneck.dictionary))
+        bottleneck.set_dictionary(torch.where(atoms.abs().amax(0) > 0, atoms,
+                                              bottleneck.dictionary))
     return bottleneck.train(training)

@@ -154,7 +154,7 @@ def context_gain(
     test: list[Tensor],  # batches of held-out images
     settings: list[dict],  # as of `rate_curve`, each with a rate weight of its own
     name: str = "",
-    steps: int = 1000,  # of training the context model
+    steps: int = 1500,  # of training the context model
 ) -> pd.DataFrame:  # of `rate_curve`, without bpp_ideal, with bpp_context (coded) beside bpp
     "Bits and error of every image at every setting, with tables alone and with a context model."
     from laser.context import fit_context
@@ -231,6 +231,7 @@ RECIPES = {  # name -> overrides of `laser_train`
     "vq": [*COMMON, "model=vqvae", "model.num_embeddings=512"],
     "pq": [*COMMON, "model=pqvae", "model.num_embeddings=512", "model.num_groups=4", *COUNTED],
     "fsq": [*COMMON, "model=fsqvae", "model.levels=8x8x8x5x5x5"],
+    "fsq-small": [*COMMON, "model=fsqvae", "model.levels=8x5x5x5"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
     "rvq-fixed": [*COMMON, "model=rvqvae", *STAGES, "model.stage_dropout=0.5", "model.commitment_cost=0.05"],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
@@ -255,6 +256,7 @@ CURVES = {  # name -> its recipe and the settings of its points
     "dl, fixed S": ("dl-fixed", [dict(sparsity_level=s) for s in (1, 2, 3, 4)]),
     "pq": ("pq", WEIGHTS),
     "fsq": ("fsq", [dict()]),
+    "fsq, 1000 entries": ("fsq-small", [dict()]),
     "scalar": ("scalar", [dict(rate_weight=w) for w in (0.0125, 0.025, 0.05, 0.1, 0.2)]),
 }
 CEILINGS = {"no bottleneck": "ae", "no bottleneck, no linear path": "ae-layers"}   # what the networks alone reach: no bits
@@ -276,8 +278,8 @@ def curve_file(
 def measure(
     name: str,  # in `CURVES`, `CONTEXT`, `CEILINGS` or `CODECS`
     run: str | Path | None,  # folder of the run of its recipe; None for image files
-    train: int = 600,  # training faces that tables are fitted on
-    test: int = 300,  # test faces
+    train: int = 600,  # training faces that tables are fitted on; four times as many for a context model
+    test: int = 300,  # test faces; 100 for a context model
     batch: int = 25,  # images coded at a time
 ) -> pd.DataFrame:  # of `rate_curve`
     "The curve of one method on CelebA faces at 128x128. `FileNotFoundError` where the run has no checkpoint."
@@ -289,8 +291,8 @@ def measure(
     if name in CODECS: return file_curve(as_floats(torch.cat(faces)), name)
     model = load_pretrained(find_checkpoint(run, "best"))
     if name in CEILINGS: return ceiling(model, faces, name)
-    known = batches(CelebA(split="train", size=128, limit=train))
-    if name in CONTEXT: return context_gain(model, known, faces[:4], CONTEXT[name][1], name)
+    known = batches(CelebA(split="train", size=128, limit=4 * train if name in CONTEXT else train))
+    if name in CONTEXT: return context_gain(model, known, faces[:max(1, test // 3 // batch)], CONTEXT[name][1], name)
     return rate_curve(model, known, faces, CURVES[name][1], name)
 
 # %% ../nbs/16_evidence.ipynb #52619667

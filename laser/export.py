@@ -31,11 +31,13 @@ def _nearest_entry(z, codebook):
     return torch.addmm(centred.square().sum(1) / 2, z - mean, centred.T, alpha=-1).argmin(1)
 
 def _pursue(signals, dictionary, sparsity, method, tol, diversity, backend):
-    indices, values = pursuit(signals.double(), dictionary.double(), sparsity, method=method, tol=tol,
-                              diversity=diversity, eligible=eligible_norm(signals.dtype), check_values=False)
+    indices, values = pursuit(signals.double(), dictionary.double(), sparsity,
+                              method=method, tol=tol, diversity=diversity,
+                              eligible=eligible_norm(signals.dtype), check_values=False)
     return indices, values.to(signals.dtype)
 
-def _residual_search(signals, entries, gram, first, gained, entry_price, level_price, go_price, *options):
+def _residual_search(signals, entries, gram, first, gained, entry_price, level_price,
+                     go_price, *options):
     prices = (price.to(signals.dtype) for price in (entry_price, level_price, go_price))
     return residual_search(signals, entries, first, gained, *prices, *options)
 
@@ -80,7 +82,8 @@ def _frozen(model):
 class _PlainCode(SparseCode):
     def reshape(self, *lead): return _PlainCode(*vars(super().reshape(*lead)).values())
     def decode(self, dictionary):
-        return (F.embedding(self.indices.clamp_min(0), dictionary.T) * self.values[..., None]).sum(-2)
+        return (F.embedding(self.indices.clamp_min(0), dictionary.T)
+                * self.values[..., None]).sum(-2)
 
 class _Half(nn.Module):
     def __init__(self, model):
@@ -93,7 +96,8 @@ class _Encoder(_Half):
         return (codes.indices, codes.values) if isinstance(codes, SparseCode) else codes
 
 class _Decoder(_Half):
-    def forward(self, *codes): return self.model.decode(_PlainCode(*codes) if len(codes) == 2 else codes[0])
+    def forward(self, *codes):
+        return self.model.decode(_PlainCode(*codes) if len(codes) == 2 else codes[0])
 
 # %% ../nbs/18_export.ipynb #3a8e1803
 @contextmanager
@@ -113,12 +117,14 @@ def _write(half, folder, inputs, sizes, input_names, output_names):
     try:
         with _quiet():
             with PlainOperators(): program = torch.export.export(half, inputs, dynamic_shapes=sizes)
-            torch.onnx.export(program.run_decompositions(NOT_IN_ONNX), f=folder/f"{what}.onnx", external_data=False,
-                              input_names=input_names, output_names=output_names, verbose=False)
+            torch.onnx.export(program.run_decompositions(NOT_IN_ONNX), f=folder/f"{what}.onnx",
+                              external_data=False, input_names=input_names,
+                              output_names=output_names, verbose=False)
     except Exception as e:
         reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"the {what} of a model with bottleneck {half.model.bottleneck.name!r} has no form as a fixed "
-                         f"graph of ONNX operators ({reason:.200}); encoder=False writes the decoder alone") from e
+        raise ValueError(f"the {what} of a model with bottleneck {half.model.bottleneck.name!r} "
+                         f"has no form as a fixed graph of ONNX operators ({reason:.200}); "
+                         "encoder=False writes the decoder alone") from e
     return folder/f"{what}.onnx"
 
 # %% ../nbs/18_export.ipynb #0018
@@ -139,13 +145,17 @@ def export_onnx(
     folder, model = Path(folder), _frozen(model)
     folder.mkdir(parents=True, exist_ok=True)
     d, (batch, height, width) = model.divisor, map(torch.export.Dim, ("batch", "height", "width"))
-    example = torch.rand(2, model.in_channels, 3 * d, 5 * d, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(2, model.in_channels, 3 * d, 5 * d,
+                         generator=torch.Generator().manual_seed(0))
     codes = model.encode(example)
     codes, names = (codes,), ["codes"]
-    if isinstance(codes[0], SparseCode): codes, names = (codes[0].indices, codes[0].values), ["indices", "values"]
-    halves = [(_Decoder(model), codes, (tuple({0: batch, 1: height, 2: width} for _ in codes),), names, ["images"])]
+    if isinstance(codes[0], SparseCode):
+        codes, names = (codes[0].indices, codes[0].values), ["indices", "values"]
+    halves = [(_Decoder(model), codes, (tuple({0: batch, 1: height, 2: width} for _ in codes),),
+               names, ["images"])]
     if encoder:
-        halves.append((_Encoder(model), (example,), ({0: batch, 2: height * d, 3: width * d},), ["images"], names))
+        halves.append((_Encoder(model), (example,), ({0: batch, 2: height * d, 3: width * d},),
+                       ["images"], names))
     return [_write(half, folder, *rest) for half, *rest in halves]
 
 # %% ../nbs/18_export.ipynb #0019

@@ -20,7 +20,8 @@ def _best_level(correlation, prices, rate_weight, step):
     nearest = min(max(np.int64(size / step + prices.dtype.type(0.5)), 1), top)
     level, gain = 0, size - size
     for magnitude in (nearest, nearest - 1):
-        value, signed = prices.dtype.type(magnitude) * step, magnitude if correlation >= 0 else -magnitude
+        value, signed = (prices.dtype.type(magnitude) * step,
+                         magnitude if correlation >= 0 else -magnitude)
         new = value * (2 * size - value) - rate_weight * prices[top + signed]
         if new > gain: level, gain = signed, new
     return level, gain
@@ -71,7 +72,8 @@ def _settle(c, gram, held, prices, rate_weight, step, atoms, levels, slot):
 # %% ../nbs/33_kernels_rate.ipynb #0012
 @_jit
 def _rd_rows(c, gram, prices, cheapest, terms, sweeps, atoms, levels, lo, hi):
-    rate_weight, step, slots, held = terms[0], terms[1], atoms.shape[1], np.zeros(len(gram), np.bool_)
+    rate_weight, step, slots, held = (terms[0], terms[1], atoms.shape[1],
+                                      np.zeros(len(gram), np.bool_))
     for b in range(lo, hi):
         x, atom, level, filled = c[b], atoms[b], levels[b], 0
         while filled < slots:
@@ -83,8 +85,9 @@ def _rd_rows(c, gram, prices, cheapest, terms, sweeps, atoms, levels, lo, hi):
         for _ in range(sweeps):
             changed, before = False, filled
             for slot in range(min(before + 1, slots)):
-                changed |= _fill(x, gram, held, prices, cheapest, rate_weight, step, atom, level, slot)
-            if before < slots and level[before] != 0: filled += 1              # each sweep may add one atom
+                changed |= _fill(x, gram, held, prices, cheapest, rate_weight, step,
+                                 atom, level, slot)
+            if before < slots and level[before] != 0: filled += 1      # each sweep may add one atom
             if not changed: break
         for slot in range(slots): held[atom[slot]] = False
 

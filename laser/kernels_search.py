@@ -23,7 +23,8 @@ def _offer(costs, parents, picks, levels, cost, parent, pick, level):
     "Put a candidate into the sorted list of the cheapest, instead of the last."
     i = len(costs) - 1
     while i > 0 and costs[i - 1] > cost:
-        costs[i], parents[i], picks[i], levels[i] = costs[i - 1], parents[i - 1], picks[i - 1], levels[i - 1]
+        costs[i], parents[i], picks[i], levels[i] = (costs[i - 1], parents[i - 1],
+                                                     picks[i - 1], levels[i - 1])
         i -= 1
     costs[i], parents[i], picks[i], levels[i] = cost, parent, pick, level
 
@@ -51,14 +52,15 @@ def _least(x):
 
 # %% ../nbs/34_kernels_search.ipynb #c3bebb6e
 @_jit
-def _expand(c, bound, base, gained, entry_price, level_price, step, parent, costs, parents, picks, levels):
+def _expand(c, bound, base, gained, entry_price, level_price, step, parent, costs, parents,
+            picks, levels):
     "Offer the continuations of a hypothesis of cost `base`; c are the products of its residual with the entries."
     last, most = len(costs) - 1, level_price.shape[1] // 2
     if gained:
         for k in range(len(c)): bound[k] = entry_price[k] - c[k] * c[k]
     else:
         for k in range(len(c)): bound[k] = entry_price[k] - (c[k] + c[k])
-    ahead, best = np.inf, 0                                     # the most promising block first: then few others are
+    ahead, best = np.inf, 0                    # the most promising block first: then few others are
     for start in range(0, len(c), 64):
         least = _least(bound[start:start + 64])
         if least < ahead: ahead, best = least, start
@@ -72,7 +74,8 @@ def _expand(c, bound, base, gained, entry_price, level_price, step, parent, cost
             if gained:
                 level, more = _best_level(c[k], level_price[k], step, most)
                 more += entry_price[k]
-            if base + more < costs[last]: _offer(costs, parents, picks, levels, base + more, parent, k, level)
+            if base + more < costs[last]:
+                _offer(costs, parents, picks, levels, base + more, parent, k, level)
 
 # %% ../nbs/34_kernels_search.ipynb #cc6b1efe
 @_jit
@@ -104,16 +107,18 @@ def _requantize(t, products, gram, gained, support, level, gain, along, level_pr
 
 # %% ../nbs/34_kernels_search.ipynb #776e232e
 @_jit
-def _search_rows(products, gram, first, gained, entry_price, level_price, go_price, step, beam, depth, whole,
-                 indices, levels, lo, hi):
+def _search_rows(products, gram, first, gained, entry_price, level_price, go_price, step,
+                 beam, depth, whole, indices, levels, lo, hi):
     (T, K), A, dtype = entry_price.shape, len(gram), products.dtype
     c, bound = np.empty(K, dtype), np.empty(K, dtype)
     support, new_support = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     level, new_level = np.zeros((beam, T), np.int64), np.zeros((beam, T), np.int64)
     gain, new_gain = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)
-    along, new_along = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)   # residual times chosen atoms
+    # residual times chosen atoms
+    along, new_along = np.zeros((beam, T), dtype), np.zeros((beam, T), dtype)
     cost, costs = np.zeros(beam, dtype), np.empty(beam, dtype)
-    parents, picks, steps = np.empty(beam, np.int64), np.empty(beam, np.int64), np.empty(beam, np.int64)
+    parents, picks, steps = (np.empty(beam, np.int64), np.empty(beam, np.int64),
+                             np.empty(beam, np.int64))
     gains = gained.any()
     for n in range(lo, hi):
         best = np.inf if whole else go_price[A, 1]
@@ -139,8 +144,9 @@ def _search_rows(products, gram, first, gained, entry_price, level_price, go_pri
                 new_gain[i, t] = steps[i] * step if gained[t] else 1
                 cost[i] = costs[i]
                 if gains:
-                    cost[i] += _requantize(t, products[n], gram, gained, new_support[i], new_level[i], new_gain[i],
-                                           new_along[i], level_price, step)
+                    cost[i] += _requantize(t, products[n], gram, gained, new_support[i],
+                                           new_level[i], new_gain[i], new_along[i],
+                                           level_price, step)
                 live += 1
                 closed = cost[i] + (go_price[a, 1] if t + 1 < T else 0)
                 if closed < best and (t + 1 == depth or not whole):
@@ -159,18 +165,20 @@ def search_numba(
     first: list[int],  # [T] the row where each stage's dictionary begins; it has K entries
     gained: list[bool],  # [T] has the stage a coded gain? Then its entries have unit norm
     entry_price: Tensor,  # [T, K] price of each entry, in squared error
-    level_price: Tensor,  # [A, 2 * max_level + 1] price of each level of each entry's gain; level 0 is not asked
-    go_price: Tensor,  # [A + 1, 2] price of going on (0) and stopping (1) after an entry; last row: before the first
+    level_price: Tensor,  # [A, 2 * max_level + 1] price of each level of each gain; 0 is not asked
+    go_price: Tensor,  # [A + 1, 2] price of going on (0), stopping (1) after each; last: before any
     step: float,  # width of a level
     beam: int = 1,  # hypotheses kept
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
-) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 where there is none
+) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 if none
     "`laser.more_bottlenecks.residual_search` in compiled code: the same results but for ties of float rounding."
     T, K = entry_price.shape
     squares = gram.diagonal()
-    own = torch.stack([p if g else p + squares[f:f + K] for p, f, g in zip(entry_price, first, gained)])
-    own, level_price, go_price = (p.to(signals.dtype).contiguous().numpy() for p in (own, level_price, go_price))
+    own = torch.stack([p if g else p + squares[f:f + K]
+                       for p, f, g in zip(entry_price, first, gained)])
+    own, level_price, go_price = (p.to(signals.dtype).contiguous().numpy()
+                                  for p in (own, level_price, go_price))
     indices, levels = torch.empty(2, len(signals), T, dtype=torch.int64)
     options = (gram.numpy(), np.array(first), np.array(gained), own, level_price, go_price,
                signals.numpy().dtype.type(step), beam, T if depth is None else depth, whole)

@@ -97,8 +97,8 @@ def ssim(
     "Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and windows inside the image"
     x, y = check_pairs(x, y)
     if min(x.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {x.shape[2]}x{x.shape[3]}; "
-                         "use larger images or leave SSIM out")
+        raise ValueError("SSIM needs images of at least 11x11 pixels, got "
+                         f"{x.shape[2]}x{x.shape[3]}; use larger images or leave SSIM out")
     x_mean, y_mean = gaussian_blur(x), gaussian_blur(y)                       # [B, 3, H-10, W-10]
     x_var = gaussian_blur(x * x) - x_mean * x_mean
     y_var = gaussian_blur(y * y) - y_mean * y_mean
@@ -124,7 +124,7 @@ class Lpips(nn.Module):
 
     def __init__(self,
         net: str = "alex",          # "alex" (the usual metric), "vgg" (the usual loss) or "squeeze"
-        pretrained: bool = True,    # False: random weights, to test the wiring; the values then mean nothing
+        pretrained: bool = True,    # False: random weights, to test the wiring; values mean nothing
     ):
         super().__init__()
         if net not in ("alex", "vgg", "squeeze"):
@@ -132,10 +132,12 @@ class Lpips(nn.Module):
         import lpips
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")      # lpips calls torchvision by outdated argument names
+                # lpips calls torchvision by outdated argument names
+                warnings.simplefilter("ignore")
                 self.network = lpips.LPIPS(net=net, pnet_rand=not pretrained, verbose=False)
         except (OSError, RuntimeError) as error:
-            raise OSError(f"the {net} network of LPIPS could not be fetched ({error}). {HOW_TO_FETCH}") from error
+            raise OSError(f"the {net} network of LPIPS could not be fetched ({error}). "
+                          f"{HOW_TO_FETCH}") from error
         self.network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
@@ -147,7 +149,8 @@ class Lpips(nn.Module):
         y: Tensor,      # reconstructions of the same shape
     ) -> Tensor:        # [B], 0 for equal images
         if min(x.shape[2:]) < 32:
-            raise ValueError(f"LPIPS needs images of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}; leave it out")
+            raise ValueError("LPIPS needs images of at least 32x32 pixels, "
+                             f"not {x.shape[2]}x{x.shape[3]}; leave it out")
         return self.network(2 * x - 1, 2 * y - 1).flatten()
 
 # %% ../nbs/08_metrics.ipynb #d347eb6a
@@ -167,16 +170,18 @@ class Fid:
     "Fréchet distance between the Inception features of images and of reconstructions (torchmetrics; extra `fid`)"
 
     def __init__(self,
-        features: nn.Module | None = None,     # uint8 [B, 3, H, W] -> [B, F]; None: Inception v3 of the original FID
-        device="cpu",                          # where the features are computed
+        features: nn.Module | None = None,  # uint8 [B, 3, H, W] -> [B, F]; None: FID's Inception v3
+        device="cpu",                       # where the features are computed
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance
-        options = dict(normalize=False, antialias=False)      # bytes, resized as the original FID does
+        options = dict(normalize=False, antialias=False)   # bytes, resized as the original FID does
         try: self.metric = FrechetInceptionDistance(feature=features or 2048, **options).to(device)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: pip install torch-fidelity") from error
+            raise ModuleNotFoundError("rFID needs the package torch-fidelity; run: "
+                                      "pip install torch-fidelity") from error
         except (OSError, RuntimeError) as error:
-            raise OSError(f"the Inception network of FID could not be fetched ({error}). {HOW_TO_FETCH}") from error
+            raise OSError(f"the Inception network of FID could not be fetched ({error}). "
+                          f"{HOW_TO_FETCH}") from error
         self.metric.orig_dtype = torch.float64      # else missing in a process that gets no images
         self.device = device
 
@@ -206,14 +211,15 @@ def load_fid(
 ) -> Fid | None:        # None where the network cannot be had
     "rFID, or a warning and None"
     try: return Fid(device=device)
-    except (OSError, ModuleNotFoundError) as error: warnings.warn(f"rFID is left out: {error}", stacklevel=2)
+    except (OSError, ModuleNotFoundError) as error:
+        warnings.warn(f"rFID is left out: {error}", stacklevel=2)
 
 # %% ../nbs/08_metrics.ipynb #2555f00c
 class ReconstructionMetrics:
     "Collects batches of images, reconstructions and codes; `compute` gives every metric by name"
 
     def __init__(self,
-        bottleneck: Bottleneck | None = None,    # whose codes will be given, for usage, perplexity and bits
+        bottleneck: Bottleneck | None = None,    # whose codes come, for usage, perplexity and bits
         lpips: Lpips | None = None,           # from `load_lpips`; None: no such column
         fid: Fid | None = None,               # from `load_fid`; None: no such column
     ):
@@ -223,11 +229,12 @@ class ReconstructionMetrics:
     def reset(self) -> None:
         "Forget all batches"
         self.sums = dict.fromkeys(self.names, 0.0)
-        self.counts = torch.zeros(self.bottleneck.num_entries if self.bottleneck else 0, dtype=torch.float64)
+        self.counts = torch.zeros(self.bottleneck.num_entries if self.bottleneck else 0,
+                                  dtype=torch.float64)
         if self.fid is not None: self.fid.reset()
 
-    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue", "color_distance", "psnr", "ssim",
-             "lpips")
+    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue",
+             "color_distance", "psnr", "ssim", "lpips")
 
     @torch.no_grad()
     def update(self,
@@ -240,17 +247,22 @@ class ReconstructionMetrics:
         batch = {"images": len(x), "pixels": len(x) * x.shape[2] * x.shape[3]}
         if codes is not None:
             if self.bottleneck is None:
-                raise ValueError("codes without their bottleneck: make ReconstructionMetrics(model.bottleneck)")
-            counts = code_usage(self.bottleneck.code_entries(codes), self.bottleneck.num_entries).double().cpu()
+                raise ValueError("codes without their bottleneck: "
+                                 "make ReconstructionMetrics(model.bottleneck)")
+            counts = code_usage(self.bottleneck.code_entries(codes),
+                                self.bottleneck.num_entries).double().cpu()
             batch["codes"] = self.bottleneck._flat(codes)[1].numel()
-            if len(self.bottleneck.rate_points): batch["bits"] = float(self.bottleneck.code_bits(codes).sum())
+            if len(self.bottleneck.rate_points):
+                batch["bits"] = float(self.bottleneck.code_bits(codes).sum())
         errors = per_channel_mse(x, y).tolist()
-        batch |= {f"mse_{name}": error * batch["pixels"] for name, error in zip(("red", "green", "blue"), errors)}
+        batch |= {f"mse_{name}": error * batch["pixels"]
+                  for name, error in zip(("red", "green", "blue"), errors)}
         batch["color_distance"] = float(color_distance(x, y)) * batch["pixels"]
         batch["psnr"], batch["ssim"] = float(psnr(x, y).sum()), float(ssim(x, y).sum())
         if self.lpips is not None: batch["lpips"] = float(self.lpips(x.float(), y.float()).sum())
         if self.fid is not None: self.fid.update(x, y)
-        for name, value in batch.items(): self.sums[name] += value      # only now: a batch counts wholly or not at all
+        # only now: a batch counts wholly or not at all
+        for name, value in batch.items(): self.sums[name] += value
         if codes is not None: self.counts += counts
 
     def compute(self) -> dict[str, float]:
@@ -259,7 +271,9 @@ class ReconstructionMetrics:
         total = sum_over_processes(torch.cat([own, self.counts]))
         sums, counts = dict(zip(self.names, total.tolist())), total[len(own):]
         images, pixels = sums["images"], sums["pixels"]
-        if not images: raise ValueError("no images were measured; call update(x, y, codes) for each batch first")
+        if not images:
+            raise ValueError("no images were measured; call update(x, y, codes) "
+                             "for each batch first")
         channels = {name: sums[name] / pixels for name in ("mse_red", "mse_green", "mse_blue")}
         error = sum(channels.values()) / 3
         results = {"images": images, "mse": error, "psnr": sums["psnr"] / images}
@@ -269,7 +283,8 @@ class ReconstructionMetrics:
         if self.fid is not None: results["rfid"] = self.fid.compute()
         results |= channels | {"color_distance": sums["color_distance"] / pixels}
         if sums["codes"]:
-            results |= {"usage": float((counts > 0).double().mean()), "perplexity": float(perplexity(counts)),
+            results |= {"usage": float((counts > 0).double().mean()),
+                        "perplexity": float(perplexity(counts)),
                         "bits_per_pixel": self.bottleneck.bits_per_code() * sums["codes"] / pixels}
         if sums["bits"]: results["bits_per_pixel_ideal"] = sums["bits"] / pixels
         return results

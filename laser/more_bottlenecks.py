@@ -33,13 +33,15 @@ class NoBottleneck(Bottleneck):
     def decode_signals(self, codes: Tensor) -> Tensor: return codes
     def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals.new_zeros(())
-    def code_entries(self, codes: Tensor) -> Tensor: return codes.new_zeros(len(codes), dtype=torch.int64)
+    def code_entries(self, codes: Tensor) -> Tensor:
+        return codes.new_zeros(len(codes), dtype=torch.int64)
     def bits_per_code(self) -> int: return 32 * self.embedding_dim
     candidates = 0
 
     def table_sizes(self) -> list[int]:
-        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be counted in tables or "
-                         "written to a file: choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
+        raise ValueError("latents without a bottleneck have no finite alphabet, so they cannot be "
+                         "counted in tables or written to a file: "
+                         "choose a bottleneck that quantises (vq, rvq, gsvq, pq, fsq, ...)")
 
 # %% ../nbs/04_more_bottlenecks.ipynb #28d694c6
 def rotated(
@@ -57,7 +59,8 @@ def rotated(
 @register("rotation")
 class RotationVQ(VectorQuantizer):
     "VQ whose gradient is rotated from the entry onto the latent. Source: Fifty et al. 2024."
-    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor: return rotated(signals, decoded)
+    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
+        return rotated(signals, decoded)
 
 # %% ../nbs/04_more_bottlenecks.ipynb #09c6a6ed
 @register("simvq")
@@ -73,17 +76,23 @@ class SimVQ(Bottleneck):
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, seed=seed)
         generator, scale = self._generator(), embedding_dim**-0.5
-        self.register_buffer("frozen", torch.randn(num_embeddings, embedding_dim, generator=generator) * scale)
-        self.transform = nn.Parameter((2 * torch.rand(embedding_dim, embedding_dim, generator=generator) - 1) * scale)
+        self.register_buffer(
+            "frozen", torch.randn(num_embeddings, embedding_dim, generator=generator) * scale)
+        self.transform = nn.Parameter(
+            (2 * torch.rand(embedding_dim, embedding_dim, generator=generator) - 1) * scale)
 
     @property
     def codebook(self) -> Tensor:
         "[K, D], differentiable in the map."
-        return (self.frozen @ self.transform).to(torch.promote_types(self.frozen.dtype, torch.float32))
+        return (self.frozen @ self.transform).to(
+            torch.promote_types(self.frozen.dtype, torch.float32))
 
-    def encode_signals(self, signals: Tensor) -> Tensor: return nearest_entry(signals.detach(), self.codebook.detach())
+    def encode_signals(self, signals: Tensor) -> Tensor:
+        return nearest_entry(signals.detach(), self.codebook.detach())
+
     def decode_signals(self, codes: Tensor) -> Tensor: return F.embedding(codes, self.codebook)
-    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor: return rotated(signals, decoded)
+    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
+        return rotated(signals, decoded)
 
 # %% ../nbs/04_more_bottlenecks.ipynb #49f78a66
 @register("fsq")
@@ -100,14 +109,19 @@ class FSQ(Bottleneck):
         try: sizes = [int(size) for size in levels.split("x")]
         except ValueError: sizes = [0]
         if min(sizes) < 3:
-            raise ValueError(f"levels must be whole numbers of at least 3 joined by x, as in '8x5x5x5', got {levels!r}")
+            raise ValueError("levels must be whole numbers of at least 3 joined by x, "
+                             f"as in '8x5x5x5', got {levels!r}")
         super().__init__(math.prod(sizes), embedding_dim, patch_size=patch_size)
         self.levels, self.rounding = levels, Rounding(sizes, dim=self.signal_dim)
 
     candidates = 0                                                              # it rounds
 
-    def encode_signals(self, signals: Tensor) -> Tensor: return self.rounding(signals.detach()[None])[1][0].long()
-    def decode_signals(self, codes: Tensor) -> Tensor: return self.rounding.indices_to_codes(codes[None])[0]
+    def encode_signals(self, signals: Tensor) -> Tensor:
+        return self.rounding(signals.detach()[None])[1][0].long()
+
+    def decode_signals(self, codes: Tensor) -> Tensor:
+        return self.rounding.indices_to_codes(codes[None])[0]
+
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor: return signals.new_zeros(())
 
     def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
@@ -131,7 +145,8 @@ class ScalarQuantizer(Bottleneck):
     ):
         super().__init__(2 * max_level + 1, embedding_dim, patch_size=patch_size)
         if not rate_weight > 0: raise ValueError(f"rate_weight must be positive, got {rate_weight}")
-        self.rate_weight, self.max_level, self.code_shape = rate_weight, max_level, (self.signal_dim,)
+        self.rate_weight, self.max_level, self.code_shape = (
+            rate_weight, max_level, (self.signal_dim,))
         self.log_scale = nn.Parameter(torch.zeros(self.signal_dim))
 
     candidates = 0                                                              # it rounds
@@ -156,14 +171,17 @@ class ScalarQuantizer(Bottleneck):
             table = self.symbol_bits().view(self.signal_dim, -1).to(x)
             bits = lambda level: table.gather(1, (level + self.max_level).long().T).T
         else: bits = self.prior_bits
-        cost = lambda level: (self.level_width * (x - level)).square() + self.rate_weight * bits(level)
+        cost = lambda level: ((self.level_width * (x - level)).square()
+                              + self.rate_weight * bits(level))
         return torch.where(cost(smaller) < cost(nearest), smaller, nearest).long() + self.max_level
 
-    def decode_signals(self, codes: Tensor) -> Tensor: return (codes - self.max_level) * self.level_width
+    def decode_signals(self, codes: Tensor) -> Tensor:
+        return (codes - self.max_level) * self.level_width
 
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
         "lambda times the bits of noisy levels, as squared errors are: over the numbers of a signal."
-        levels = signals / self.level_width + torch.rand_like(signals) - 0.5 if self.training else decoded / self.level_width
+        levels = (signals / self.level_width + torch.rand_like(signals) - 0.5
+                  if self.training else decoded / self.level_width)
         return self.rate_weight * self.prior_bits(levels).mean()
 
 # %% ../nbs/04_more_bottlenecks.ipynb #a8544b9d
@@ -184,32 +202,40 @@ class ProductVQ(Bottleneck):
         revive_below: float = 0.1,  # an entry used less than this part of an equal share is revived; 0: never
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
+        super().__init__(num_embeddings, embedding_dim,
+                         commitment_cost=commitment_cost, patch_size=patch_size,
                          init=init, num_entries=num_groups * num_embeddings, usage_decay=decay,
                          revive_below=revive_below, seed=seed)
         if self.signal_dim % num_groups:
-            raise ValueError(f"num_groups must divide the {self.signal_dim} numbers of a signal, got {num_groups}")
-        self.num_groups, self.decay, self.rate_weight, self.code_shape = num_groups, decay, rate_weight, (num_groups,)
+            raise ValueError(f"num_groups must divide the {self.signal_dim} "
+                             f"numbers of a signal, got {num_groups}")
+        self.num_groups, self.decay, self.rate_weight, self.code_shape = (
+            num_groups, decay, rate_weight, (num_groups,))
         self.groups = nn.ModuleList(
             VectorQuantizer(num_embeddings, self.signal_dim // num_groups, decay=decay, init=init,
-                            revive_below=revive_below, seed=seed * num_groups + g) for g in range(num_groups))
+                            revive_below=revive_below, seed=seed * num_groups + g)
+            for g in range(num_groups))
 
-    def _by_group(self, signals): return zip(self.groups, signals.chunk(self.num_groups, 1), strict=True)
+    def _by_group(self, signals):
+        return zip(self.groups, signals.chunk(self.num_groups, 1), strict=True)
 
     def encode_signals(self, signals: Tensor) -> Tensor:
         "Signals [N, M] to the index of each group's entry [N, groups]."
         prices = self.prices() if self.rate_weight else [None] * self.num_groups
-        return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook, bits, self.rate_weight)
+        return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook,
+                                                  bits, self.rate_weight)
                             for (group, part), bits in zip(self._by_group(signals), prices)], 1)
 
     def prices(self) -> Tensor:
         "[groups, K] bits of each entry: by the fitted tables; by the running usage in training and before."
-        if len(self.rate_points) and not self.training: return self.symbol_bits().view(self.num_groups, -1)
+        if len(self.rate_points) and not self.training:
+            return self.symbol_bits().view(self.num_groups, -1)
         uses = rate.smooth_counts(self.ema_counts / (1 - self.decay))
         return rate.table_bits(uses, self.table_sizes()).view(self.num_groups, -1)
 
     def decode_signals(self, codes: Tensor) -> Tensor:
-        return torch.cat([group.decode_signals(code) for group, code in zip(self.groups, codes.unbind(1))], 1)
+        return torch.cat([group.decode_signals(code)
+                          for group, code in zip(self.groups, codes.unbind(1))], 1)
 
     def code_entries(self, codes: Tensor) -> Tensor:
         return codes + self.num_embeddings * torch.arange(self.num_groups, device=codes.device)
@@ -225,7 +251,7 @@ class ProductVQ(Bottleneck):
 def best_levels(
     c: Tensor,  # inner products of the residual with unit atoms, any shape
     atoms: Tensor,  # int64, broadcasts to c: the atom of each product, a row of the prices
-    level_price: Tensor,  # [A, 2 * most + 1], price of the levels of each atom; the middle, level zero, is not asked
+    level_price: Tensor,  # [A, 2 * most + 1], price of each atom's levels; the middle is not asked
     step: float,  # width of a level
 ) -> tuple[Tensor, Tensor]:  # levels int64, never zero, and what they add to the cost, as c
     "The better of the nearest level and the next towards zero, by squared error and price."
@@ -244,16 +270,17 @@ def residual_search(
     gained: list[bool],  # [T] has the stage a coded gain? Then its entries have unit norm
     entry_price: Tensor,  # [T, K] price of each entry, in squared error
     level_price: Tensor,  # [A, 2 * most + 1] price of each level of each entry's gain
-    go_price: Tensor,  # [A + 1, 2] price of going on (0) and stopping (1) after an entry; last row: before the first
+    go_price: Tensor,  # [A + 1, 2] price to go on (0) or stop (1) after an entry; last: before any
     step: float,  # width of a level
     beam: int = 1,  # hypotheses kept, B
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
-) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 where there is none
+) -> tuple[Tensor, Tensor]:  # int64 indices [N, T], -1 unused, and levels [N, T], 0 where none is
     "Codes by squared error and prices: a beam over the stages. Source: Barnes, Rizvi and Nasrabadi 1996."
     N, A, (T, K) = signals.shape[0], len(entries), entry_price.shape
     depth, squares = T if depth is None else depth, entries.square().sum(1)
-    indices, levels = signals.new_full((N, T), -1, dtype=torch.int64), signals.new_zeros(N, T, dtype=torch.int64)
+    indices, levels = (signals.new_full((N, T), -1, dtype=torch.int64),
+                       signals.new_zeros(N, T, dtype=torch.int64))
     best = signals.new_full((N,), math.inf) if whole else go_price[A, 1].to(signals.dtype).repeat(N)
     rows, q = indices.new_zeros(N, 1, 0), indices.new_zeros(N, 1, 0)                     # [N, B, t]
     cost, residual, last = signals.new_zeros(N, 1), signals[:, None], rows.new_full((N, 1), A)
@@ -267,14 +294,17 @@ def residual_search(
         parent = (pick // K)[..., None]
         last = f + pick % K
         rows = torch.cat([rows.gather(1, parent.expand(-1, -1, t)), last[..., None]], 2)
-        q = torch.cat([q.gather(1, parent.expand(-1, -1, t)), level.flatten(1).gather(1, pick)[..., None]], 2)
-        gains = torch.where(torch.tensor(gained[:t + 1], device=q.device), q * step, 1.0).to(signals.dtype)
+        q = torch.cat([q.gather(1, parent.expand(-1, -1, t)),
+                       level.flatten(1).gather(1, pick)[..., None]], 2)
+        gains = torch.where(torch.tensor(gained[:t + 1], device=q.device),
+                            q * step, 1.0).to(signals.dtype)
         residual = signals[:, None] - (gains[..., None] * entries[rows]).sum(2)         # [N, B, M]
-        for s in [s for s in range(t + 1) if t and gained[s]]:                          # the earlier gains again
+        for s in [s for s in range(t + 1) if t and gained[s]]:  # the earlier gains again
             atoms, g = rows[..., s], gains[..., s]
             c = (residual * entries[atoms]).sum(-1) + g
             level, now = best_levels(c, atoms, level_price, step)
-            change = now - (g * (g - 2 * c) + level_price[atoms, level_price.shape[1] // 2 + q[..., s]])
+            change = now - (g * (g - 2 * c)
+                            + level_price[atoms, level_price.shape[1] // 2 + q[..., s]])
             level = torch.where(change < 0, level, q[..., s])
             residual = residual + ((g - level * step)[..., None] * entries[atoms])
             cost, q[..., s], gains[..., s] = cost + change.clamp_max(0), level, level * step
@@ -282,9 +312,11 @@ def residual_search(
         least, winner = closed.min(1)
         better = (least < best) & (t + 1 == depth or not whole)
         best, pick = torch.where(better, least, best), winner[:, None, None].expand(-1, 1, t + 1)
-        indices[:, :t + 1] = torch.where(better[:, None], rows.gather(1, pick)[:, 0], indices[:, :t + 1])
+        indices[:, :t + 1] = torch.where(better[:, None], rows.gather(1, pick)[:, 0],
+                                         indices[:, :t + 1])
         levels[:, :t + 1] = torch.where(better[:, None], q.gather(1, pick)[:, 0], levels[:, :t + 1])
-        if not whole: cost = torch.where(better[:, None], cost, math.inf)               # ends where no code got cheaper
+        # ends where no code got cheaper
+        if not whole: cost = torch.where(better[:, None], cost, math.inf)
     start = torch.tensor(first, device=indices.device)
     return torch.where(indices >= 0, indices - start, -1), levels
 
@@ -314,12 +346,14 @@ class _Chain:
     def _layout(self):
         "What each symbol is: (kind, stage), kind 0 for a flag, 1 for an entry, 2 for a level."
         chain = [(0, -1)]
-        for t in range(self.num_quantizers): chain += [(1, t)] + [(2, t)] * self._gained[t] + [(0, t)]
-        return chain[:-1]                                                       # the last stage needs no flag
+        for t in range(self.num_quantizers):
+            chain += [(1, t)] + [(2, t)] * self._gained[t] + [(0, t)]
+        return chain[:-1]                                             # the last stage needs no flag
 
     def _sizes(self):
         A, T = self.num_entries, self.num_quantizers
-        return [2] + [self.num_embeddings] * T + [2] * A + [2 * self.max_level] * (A - self._first_atom)
+        return ([2] + [self.num_embeddings] * T + [2] * A
+                + [2 * self.max_level] * (A - self._first_atom))
 
     def table_sizes(self) -> list[int]: return self._sizes()
 
@@ -336,13 +370,16 @@ class _Chain:
     def symbol_values(self, codes) -> Tensor:
         indices, levels = self._parts(codes)
         stop = torch.cat([(indices < 0).long(), indices.new_ones(len(indices), 1)], 1)
-        level = torch.where(levels > 0, levels - 1, levels) + self.max_level      # -L..-1, 1..L to 0..2L-1
+        # -L..-1, 1..L to 0..2L-1
+        level = torch.where(levels > 0, levels - 1, levels) + self.max_level
         columns = (stop[:, 1:], indices.clamp_min(0), level)
-        return torch.stack([stop[:, 0], *(columns[kind][:, stage] for kind, stage in self._layout()[1:])], 1)
+        return torch.stack([stop[:, 0],
+                            *(columns[kind][:, stage] for kind, stage in self._layout()[1:])], 1)
 
     def from_symbols(self, values: Tensor):
         layout, T = self._layout(), self.num_quantizers
-        used = torch.stack([values[:, layout.index((0, t - 1))] == 0 for t in range(T)], 1).int().cumprod(1).bool()
+        used = torch.stack([values[:, layout.index((0, t - 1))] == 0
+                            for t in range(T)], 1).int().cumprod(1).bool()
         indices = torch.stack([values[:, layout.index((1, t))] for t in range(T)], 1)
         levels = torch.zeros_like(indices)
         for t in [t for t in range(T) if self._gained[t]]:
@@ -353,10 +390,11 @@ class _Chain:
     def _helped(self, counts):
         "Counts of all tables, with those of an entry helped by those of its dictionary."
         K, A, T = self.num_embeddings, self.num_entries, self.num_quantizers
-        start, flags, levels = counts.split([2 + K * T, 2 * A, 2 * self.max_level * (A - self._first_atom)])
+        start, flags, levels = counts.split([2 + K * T, 2 * A,
+                                             2 * self.max_level * (A - self._first_atom)])
         def help(part, size, weight):
             if not len(part): return part.double()
-            part = part.view(-1, K, size).double()                              # [dictionaries, K, size]
+            part = part.view(-1, K, size).double()                         # [dictionaries, K, size]
             whole = part.sum(1, keepdim=True) + 1 / size
             return (part + weight * whole / whole.sum(2, keepdim=True)).flatten()
         return torch.cat([start.double(), help(flags, 2, 2), help(levels, 2 * self.max_level, 8)])
@@ -376,7 +414,8 @@ class _Chain:
             counts = self._helped(self.symbol_counts / (1 - self.decay))
             bits = rate.table_bits(rate.smooth_counts(counts), self._sizes())
         sizes = [2, K * T, 2 * A, 2 * most * (A - self._first_atom)]
-        start, entry, flags, levels = (self.price_of_bits * bits).to(self.entries.dtype).split(sizes)
+        start, entry, flags, levels = (
+            (self.price_of_bits * bits).to(self.entries.dtype).split(sizes))
         level = F.pad(levels.view(A - self._first_atom, 2 * most), (0, 1, self._first_atom, 0))
         level = torch.cat([level[:, :most], level[:, -1:], level[:, most:-1]], 1)
         return entry.view(T, K), level, torch.cat([flags, start]).view(A + 1, 2)
@@ -415,26 +454,31 @@ class ResidualVQ(_Chain, Bottleneck):
             raise ValueError(f"num_quantizers, num_codebooks and beam must be at least 1, "
                              f"got {T}, {num_codebooks}, {beam}")
         if not (0 <= stage_dropout <= 1 and rate_weight >= 0 and 0 < decay < 1):
-            raise ValueError("expected stage_dropout from 0 to 1, rate_weight of at least 0 and decay between 0 and 1, "
+            raise ValueError("expected stage_dropout from 0 to 1, rate_weight of at least 0 and "
+                             "decay between 0 and 1, "
                              f"got {stage_dropout}, {rate_weight} and {decay}")
         if revive_below is None: revive_below = 0.01 if rate_weight else 0.1
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, patch_size=patch_size,
+        super().__init__(num_embeddings, embedding_dim,
+                         commitment_cost=commitment_cost, patch_size=patch_size,
                          init=init, num_entries=D * num_embeddings, usage_decay=decay,
                          revive_below=revive_below, seed=seed)
-        self.num_quantizers, self.num_codebooks, self.depth, self.beam, self.code_shape = T, D, T, beam, (T,)
+        self.num_quantizers, self.num_codebooks, self.depth, self.beam, self.code_shape = (
+            T, D, T, beam, (T,))
         self.decay, self.rate_weight, self.stage_dropout = decay, rate_weight, stage_dropout
-        self._first = [min(t, D - 1) * num_embeddings for t in range(T)]  # row where each stage's codebook begins
+        # row where each stage's codebook begins
+        self._first = [min(t, D - 1) * num_embeddings for t in range(T)]
         self._gained = [first >= self._first_atom for first in self._first]
         start = torch.randn(self.num_entries, self.signal_dim, generator=self._generator())
         self.register_buffer("entries", self._shaped(start))
         self.register_buffer("ema_sums", self.entries.clone())
         self.register_buffer("ema_mass", torch.ones(self.num_entries))
         self.register_buffer("symbol_counts", torch.zeros(sum(self._sizes())))
-        self.register_buffer("expected", torch.zeros(self.num_entries))  # uses that an equal share had since its last
+        # uses that an equal share had since its last
+        self.register_buffer("expected", torch.zeros(self.num_entries))
         self._kept = None  # prices and Gram matrix, and what they were made of
 
     @property
-    def _first_atom(self): return self.num_entries                               # no entry has a gain
+    def _first_atom(self): return self.num_entries                             # no entry has a gain
     @property
     def gain_step(self) -> float: return 1.0
     def _codes(self, indices, levels): return indices
@@ -444,18 +488,24 @@ class ResidualVQ(_Chain, Bottleneck):
     def candidates(self) -> int: return self.num_embeddings * (1 + (self.depth - 1) * self.beam)
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each stage, and a bit for each flag where depth is chosen."
-        return self.num_quantizers * (rate.nominal_bits(self.num_embeddings) + bool(self.rate_weight))
+        return self.num_quantizers * (rate.nominal_bits(self.num_embeddings)
+                                      + bool(self.rate_weight))
 
     def _search(self, signals, depth, beam):
         "Indices and levels of signals [N, M]."
         signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
-        if beam == 1 and not self.price_of_bits and not any(self._gained): return self._nearest(signals, depth)
-        if not (self.training or torch.compiler.is_compiling()):  # a compiled model keeps what its last plain call made
+        if beam == 1 and not self.price_of_bits and not any(self._gained):
+            return self._nearest(signals, depth)
+        # a compiled model keeps what its last plain call made
+        if not (self.training or torch.compiler.is_compiling()):
             buffers = self.entries, self.symbol_counts, self.table_counts
-            made_of = self.rate_weight, self.gain_step, *((b.data_ptr(), b._version) for b in buffers)
-            if self._kept is None or self._kept[0] != made_of: self._kept = made_of, *self._prepare()
+            made_of = (self.rate_weight, self.gain_step,
+                       *((b.data_ptr(), b._version) for b in buffers))
+            if self._kept is None or self._kept[0] != made_of:
+                self._kept = made_of, *self._prepare()
         gram, prices, step = self._kept[1:] if self._kept else self._prepare()
-        return torch.ops.laser.residual_search(signals, self.entries, gram, self._first, self._gained, *prices, step,
+        return torch.ops.laser.residual_search(signals, self.entries, gram,
+                                               self._first, self._gained, *prices, step,
                                                beam, depth, self._whole)
 
     def train(self, mode: bool = True):
@@ -466,11 +516,13 @@ class ResidualVQ(_Chain, Bottleneck):
     def price_of_bits(self) -> float:
         """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new
         encoder are small, and where no bit pays nothing is coded, and nothing is learned."""
-        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2) if self.training else 1.0)
+        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2)
+                                   if self.training else 1.0)
 
     def _prepare(self):
         "Gram matrix of the entries, prices, and width of a level."
-        with exact_products() if self.entries.is_cuda else no_autocast("cpu"): gram = self.entries @ self.entries.T
+        with exact_products() if self.entries.is_cuda else no_autocast("cpu"):
+            gram = self.entries @ self.entries.T
         return gram, self.prices(), self.gain_step
 
     def _nearest(self, signals, depth):
@@ -483,11 +535,12 @@ class ResidualVQ(_Chain, Bottleneck):
         return indices, torch.zeros_like(indices)
 
     @property
-    def _whole(self): return not self.price_of_bits                              # use every stage, if bits cost nothing
+    def _whole(self): return not self.price_of_bits          # use every stage, if bits cost nothing
 
     def _load_from_state_dict(self, state, prefix, *args, **kwargs):
         if prefix + "ema_sums" not in state:           # left out of a file that is not for training
-            state[prefix + "ema_sums"] = state[prefix + "entries"] * state[prefix + "ema_mass"][:, None]
+            state[prefix + "ema_sums"] = (state[prefix + "entries"]
+                                          * state[prefix + "ema_mass"][:, None])
             state[prefix + "symbol_counts"] = torch.zeros_like(self.symbol_counts)
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
@@ -497,7 +550,7 @@ class ResidualVQ(_Chain, Bottleneck):
 
     def training_codes(self, signals: Tensor):
         depth = self.num_quantizers
-        if self.stage_dropout:                                                   # the same draw on every process
+        if self.stage_dropout:                                      # the same draw on every process
             drop, stages = torch.rand(2, generator=self._generator()).tolist()
             if drop < self.stage_dropout: depth = 1 + int(stages * depth)
         return self._codes(*self._search(signals, depth, self.beam))
@@ -505,14 +558,17 @@ class ResidualVQ(_Chain, Bottleneck):
     def _chosen(self, codes):
         "The row of each stage's entry [N, T], the number of entries where there is none, and its gain."
         indices, levels = self._parts(codes)
-        rows = torch.where(indices < 0, self.num_entries, indices + torch.tensor(self._first, device=indices.device))
-        gains = torch.where(torch.tensor(self._gained, device=levels.device), levels * self.gain_step, 1.0)
+        rows = torch.where(indices < 0, self.num_entries,
+                           indices + torch.tensor(self._first, device=indices.device))
+        gains = torch.where(torch.tensor(self._gained, device=levels.device),
+                            levels * self.gain_step, 1.0)
         return rows, torch.where(indices < 0, 0, gains).to(self.entries.dtype)
 
     def decode_signals(self, codes) -> Tensor:
         "Codes to the sums of their entries [N, M]. On the CPU, `ValueError` for an index that is no entry."
         indices = self._parts(codes)[0]
-        visible = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
+        visible = (indices.device.type == "cpu"
+                   and not torch.compiler.is_compiling() and indices.numel() > 0)
         if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
             raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
                              f"got {int(indices.min())}..{int(indices.max())}; "
@@ -520,9 +576,11 @@ class ResidualVQ(_Chain, Bottleneck):
         return self._sum(*self._chosen(codes))
 
     def _sum(self, rows, gains):
-        entries = F.pad(self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
+        entries = F.pad(
+            self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
         total = entries.new_zeros(rows.shape[0], entries.shape[1])
-        for row, gain in zip(rows.unbind(1), gains.unbind(1)): total = total + gain[:, None] * F.embedding(row, entries)
+        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
+            total = total + gain[:, None] * F.embedding(row, entries)
         return total
 
     def code_entries(self, codes) -> Tensor:
@@ -534,7 +592,8 @@ class ResidualVQ(_Chain, Bottleneck):
         residual = signals
         for d in range(self.num_codebooks):
             first = d * self.num_embeddings
-            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)    # zero has no direction
+            # zero has no direction
+            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)
             rows = first_rows(residual, self.num_embeddings, self.init, self._generator())
             self.entries[first:first + len(rows)] = rows
             self.entries.copy_(self._shaped(self.entries))
@@ -546,8 +605,10 @@ class ResidualVQ(_Chain, Bottleneck):
     def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
         "Move the averages and the entries by one batch, then revive the dead."
         rows, gains = self._chosen(codes)
-        residual, A = signals.to(self.entries.dtype) - decoded.to(self.entries.dtype), self.num_entries
-        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)  # the last column: the sum of squared gains
+        residual, A = (signals.to(self.entries.dtype) - decoded.to(self.entries.dtype),
+                       self.num_entries)
+        # the last column: the sum of squared gains
+        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)
         for row, gain in zip(rows.unbind(1), gains.unbind(1)):
             sums.index_add_(0, row, torch.cat([gain[:, None] * residual, gain[:, None] ** 2], 1))
         sums, mass = _over_processes(sums)[:A].split([residual.shape[1], 1], 1)
@@ -560,11 +621,13 @@ class ResidualVQ(_Chain, Bottleneck):
 
     def _revive(self, signals, rows, gains, counts):
         "Dead entries become residuals of this batch, with an equal share to start from."
-        K, generator, residual = self.num_embeddings, self._generator(), signals.to(self.entries.dtype)
+        K, generator, residual = (self.num_embeddings, self._generator(),
+                                  signals.to(self.entries.dtype))
         share = self.ema_counts.view(-1, K).mean(1, keepdim=True).expand(-1, K).flatten()
         equal = counts.view(-1, K).sum(1, keepdim=True).expand(-1, K).flatten() / K
         self.expected.copy_(torch.where(counts > 0, 0, self.expected + equal))
-        dead = (self.ema_counts < self.revive_below * share) | (self.revive_below * self.expected > PATIENCE)
+        dead = ((self.ema_counts < self.revive_below * share)
+                | (self.revive_below * self.expected > PATIENCE))
         fresh = []
         for d in range(self.num_codebooks):
             fresh.append(_rows_at(residual, _spread(K, generator)))
@@ -576,7 +639,7 @@ class ResidualVQ(_Chain, Bottleneck):
         self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
         self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
         self.expected.masked_fill_(dead, 0)
-        if self.rate_weight:       # at the price of its former self a new entry would never be chosen
+        if self.rate_weight:     # at the price of its former self a new entry would never be chosen
             for t, first in enumerate(self._first):
                 uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
                 uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
@@ -590,11 +653,13 @@ class ResidualVQ(_Chain, Bottleneck):
         "Entries and tables for given signals, without averages: for patches of images, or trained latents."
         self.train()
         if not self._state()[0]: self.initialize(signals)
-        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))    # bits have their full price
+        # bits have their full price
+        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))
         for i in range(iterations + 1):
             codes = self._codes(*self._search(signals, self.num_quantizers, self.beam))
             self.symbol_counts.copy_(self.count_symbols(codes) * (1 - self.decay))
-            if i < iterations: self._solve(signals, codes, torch.Generator().manual_seed(self.seed + i))
+            if i < iterations:
+                self._solve(signals, codes, torch.Generator().manual_seed(self.seed + i))
         self.fit_tables(codes), self.eval()
 
     def _solve(self, signals, codes, generator):
@@ -606,14 +671,17 @@ class ResidualVQ(_Chain, Bottleneck):
             row, gain = rows[used], gains[used]
             right.index_add_(0, row[:, t], gain[:, t, None] * signals[used])
             for s in range(t + 1):
-                for a, b in {(s, t), (t, s)}: normal.index_add_(0, row[:, a] * A + row[:, b], gain[:, a] * gain[:, b])
+                for a, b in {(s, t), (t, s)}:
+                    normal.index_add_(0, row[:, a] * A + row[:, b], gain[:, a] * gain[:, b])
         normal = normal.view(A, A)
         ridge = 1e-3 * normal.diagonal().mean()
-        entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device), right + ridge * self.entries)
+        entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device),
+                                     right + ridge * self.entries)
         few = torch.bincount(rows.flatten(), minlength=A + 1)[:A] < 2
         residual = signals - self.decode_signals(codes)
         if few.any():
-            worst = torch.multinomial(residual.square().sum(1).cpu(), int(few.sum()), True, generator=generator)
+            worst = torch.multinomial(residual.square().sum(1).cpu(),
+                                      int(few.sum()), True, generator=generator)
             entries[few] = residual[worst].to(entries.dtype)
         self.entries.copy_(self._shaped(entries))
         self.ema_counts.copy_(torch.bincount(rows.flatten(), minlength=A + 1)[:A])
@@ -644,16 +712,19 @@ class GainShapeVQ(ResidualVQ):
         revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
-        if gains_from not in (1, 2): raise ValueError(f"gains_from must be 1 or 2, got {gains_from}")
+        if gains_from not in (1, 2):
+            raise ValueError(f"gains_from must be 1 or 2, got {gains_from}")
         if gains_from > min(num_codebooks or num_quantizers, num_quantizers) or max_level < 1:
-            raise ValueError(f"expected num_codebooks of at least gains_from={gains_from} and max_level of at least 1, "
+            raise ValueError(f"expected num_codebooks of at least gains_from={gains_from} "
+                             "and max_level of at least 1, "
                              f"got {num_codebooks} and {max_level}")
         self.gains_from, self.max_level = gains_from, max_level
-        super().__init__(num_embeddings, embedding_dim, num_quantizers, commitment_cost, decay, patch_size,
+        super().__init__(num_embeddings, embedding_dim, num_quantizers,
+                         commitment_cost, decay, patch_size,
                          num_codebooks=num_codebooks, beam=beam, rate_weight=rate_weight, init=init,
                          revive_below=revive_below, seed=seed)
-        self.code_shape = ()                                                     # a SparseCode keeps its own
-        self.register_buffer("signal_energy", torch.ones(()))                    # running mean of squared norms
+        self.code_shape = ()                                         # a SparseCode keeps its own
+        self.register_buffer("signal_energy", torch.ones(()))        # running mean of squared norms
 
     @property
     def _first_atom(self): return (self.gains_from - 1) * self.num_embeddings
@@ -662,12 +733,14 @@ class GainShapeVQ(ResidualVQ):
     @property
     def gain_step(self) -> float:
         "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm if that is 0."
-        return rate.STEP_RATIO * math.sqrt(self.price_of_bits) or float(self.signal_energy.sqrt() / 8)
+        return (rate.STEP_RATIO * math.sqrt(self.price_of_bits)
+                or float(self.signal_energy.sqrt() / 8))
 
     def bits_per_code(self) -> int:
         "Nominal: ceil(log2 K) for each atom, a bit for the flag after it, ceil(log2 (2 * max_level)) for its gain."
-        flags = self.num_quantizers * (not self.rate_weight)                     # where bits count they are in already
-        return super().bits_per_code() + flags + sum(self._gained) * rate.nominal_bits(2 * self.max_level)
+        flags = self.num_quantizers * (not self.rate_weight)  # where bits count they are in already
+        return (super().bits_per_code() + flags
+                + sum(self._gained) * rate.nominal_bits(2 * self.max_level))
 
     def _shaped(self, entries):
         "All entries, at unit norm where they are atoms."
@@ -675,18 +748,21 @@ class GainShapeVQ(ResidualVQ):
         return torch.cat([plain, F.normalize(atoms, dim=1)])
 
     def _codes(self, indices, levels):
-        rows = torch.where(indices < 0, -1, indices + torch.tensor(self._first, device=indices.device))
+        rows = torch.where(indices < 0, -1,
+                           indices + torch.tensor(self._first, device=indices.device))
         gained = torch.tensor(self._gained, device=levels.device)
         gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
         return SparseCode(rows, torch.where(indices < 0, 0, gains))
 
     def _parts(self, codes):
-        first, gained = (torch.tensor(x, device=codes.indices.device) for x in (self._first, self._gained))
+        first, gained = (torch.tensor(x, device=codes.indices.device)
+                         for x in (self._first, self._gained))
         indices = torch.where(codes.indices < 0, -1, codes.indices - first)
         levels = (codes.values / self.gain_step).round().long() * gained
         return indices, levels.clamp(-self.max_level, self.max_level)
 
-    def _chosen(self, codes): return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
+    def _chosen(self, codes):
+        return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
 
     def initialize(self, signals: Tensor) -> None:
         self._track(signals, 1)
@@ -697,5 +773,6 @@ class GainShapeVQ(ResidualVQ):
         self._track(signals, 0.01)
 
     def _track(self, signals, weight):
-        total, count = _over_processes(torch.stack([signals.square().sum(), signals.new_tensor(len(signals))]))
+        total, count = _over_processes(torch.stack([signals.square().sum(),
+                                                    signals.new_tensor(len(signals))]))
         self.signal_energy.lerp_((total / count).to(self.signal_energy.dtype), weight)

@@ -37,7 +37,8 @@ class ResidualStack(nn.Module):
         num_residual_hiddens: int = 32, # channels in the middle of each block
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(num_hiddens, num_residual_hiddens) for _ in range(num_residual_blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(num_hiddens, num_residual_hiddens)
+                                    for _ in range(num_residual_blocks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x [B, C, H, W]
         for block in self.blocks: x = block(x)           # [B, C, H, W]
@@ -50,7 +51,8 @@ def num_halvings(
     "log2 of the downsampling factor."
     n = int(downsampling_factor).bit_length() - 1
     if n < 1 or 2**n != downsampling_factor:
-        raise ValueError(f"downsampling_factor must be a power of two such as 4, 8 or 16, not {downsampling_factor}")
+        raise ValueError("downsampling_factor must be a power of two such as 4, 8 or 16, "
+                         f"not {downsampling_factor}")
     return n
 
 # %% ../nbs/05_networks.ipynb #0015
@@ -76,11 +78,12 @@ def patch_basis(
     channels: int,  # of the image
     size: int,      # side of a patch
     number: int,    # how many waves
-) -> torch.Tensor:  # [number, channels, size, size], float32; zeros beyond the channels*size*size that there are
+) -> torch.Tensor:  # [number, channels, size, size], float32; zeros beyond channels*size*size
     "The slowest waves of a cosine transform over colour, rows and columns of a patch; orthonormal."
     colour, space = cosines(channels), cosines(size)
     waves = torch.einsum("cx,uy,vz->cuvxyz", colour, space, space).flatten(0, 2)
-    c, u, v = torch.meshgrid(torch.arange(channels), torch.arange(size), torch.arange(size), indexing="ij")
+    c, u, v = torch.meshgrid(torch.arange(channels), torch.arange(size),
+                             torch.arange(size), indexing="ij")
     slowest = ((1 + 4*c)*(1 + u)*(1 + v)).flatten().argsort(stable=True)[:number]
     basis = torch.zeros(number, channels, size, size)
     basis[:len(slowest)] = waves[slowest].float()
@@ -95,11 +98,12 @@ class Encoder(nn.Module):
         num_residual_blocks: int = 2,    # blocks in the residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of each block
         downsampling_factor: int = 4,    # f: 4, 8 or 16
-        linear_path: bool = True,        # a linear map of each f x f patch beside the layers, at first `patch_basis`
+        linear_path: bool = True,        # add a linear map of f x f patches, at first `patch_basis`
     ):
         super().__init__()
         widths = layer_widths(in_channels, num_hiddens, num_halvings(downsampling_factor))
-        self.down = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2, padding=1)
+                                  for i, o in zip(widths, widths[1:]))
         self.conv = nn.Conv2d(num_hiddens, num_hiddens, 3, padding=1)
         self.residual = ResidualStack(num_hiddens, num_residual_blocks, num_residual_hiddens)
         self.linear = None
@@ -111,9 +115,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x [B, 3, H, W]
         h = x
-        for conv in self.down: h = F.relu(conv(h))       # [B, C/2, H/2, W/2], then [B, C, H/4, W/4], ...
-        h = self.conv(h)                                 # [B, C, H/f, W/f]
-        h = self.residual(h)                             # [B, C, H/f, W/f]
+        for conv in self.down: h = F.relu(conv(h))  # [B, C/2, H/2, W/2], then [B, C, H/4, W/4], ...
+        h = self.conv(h)                            # [B, C, H/f, W/f]
+        h = self.residual(h)                        # [B, C, H/f, W/f]
         return h if self.linear is None else self.linear(x) + self.gain*h
 
 # %% ../nbs/05_networks.ipynb #0023
@@ -125,12 +129,13 @@ class Decoder(nn.Module):
         num_residual_blocks: int = 2,    # blocks in the residual stack
         num_residual_hiddens: int = 32,  # channels in the middle of each block
         downsampling_factor: int = 4,    # f: 4, 8 or 16
-        linear_path: bool = True,        # a linear map of each f x f patch beside the layers, at first `patch_basis`
+        linear_path: bool = True,        # add a linear map of f x f patches, at first `patch_basis`
     ):
         super().__init__()
         widths = layer_widths(out_channels, num_hiddens, num_halvings(downsampling_factor))[::-1]
         self.residual = ResidualStack(num_hiddens, num_residual_blocks, num_residual_hiddens)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
+                                for i, o in zip(widths, widths[1:]))
         self.linear = None
         if linear_path:
             f = downsampling_factor

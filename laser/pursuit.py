@@ -20,9 +20,11 @@ def normalize_atoms(
     bad = ~torch.isfinite(peak) | (peak == 0)
     if not bad.is_meta and bad.any():   # on the device meta there are shapes only
         column = int(bad.flatten().nonzero()[0, 0])
-        raise ValueError(f"atom {column} of the dictionary is zero or not finite, so it has no direction; "
-                         "remove that column or replace it (a random or a data vector will do)")
-    scaled = dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)) / peak   # half precision is rounded once, at the end
+        raise ValueError(f"atom {column} of the dictionary is zero or not finite, so it has no "
+                         "direction; remove that column or replace it "
+                         "(a random or a data vector will do)")
+    # half precision is rounded once, at the end
+    scaled = dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)) / peak
     return (scaled / torch.linalg.vector_norm(scaled, dim=0, keepdim=True)).to(dictionary.dtype)
 
 # %% ../nbs/00_pursuit.ipynb #0015
@@ -103,8 +105,8 @@ def pursuit(
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # weight of the bonus for atoms used less than average in this batch
-    eligible: float | None = None,  # squared norm under which an atom counts as dependent; by precision if None
-    check_values: bool = True,  # look at the numbers first: not where they have been looked at, or are not there yet
+    eligible: float | None = None,  # an atom under this squared norm is dependent; None: by dtype
+    check_values: bool = True,  # check the numbers: not where they are checked or not there yet
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
     """Greedy sparse codes of a batch, in the order of selection: the readable reference.
 
@@ -113,7 +115,8 @@ def pursuit(
     """
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values)
     if signals.dtype in (torch.float16, torch.bfloat16):
-        indices, values = pursuit(signals.float(), dictionary.float(), sparsity, method=method, tol=tol,
+        indices, values = pursuit(signals.float(), dictionary.float(),
+                                  sparsity, method=method, tol=tol,
                                   diversity=diversity, eligible=eligible, check_values=check_values)
         return indices, values.to(signals.dtype)
     B, M, K, dtype = *signals.shape, dictionary.shape[1], signals.dtype
@@ -124,24 +127,27 @@ def pursuit(
     residual = signals * scale                                               # [B, M]
     enough = (tol * scale.double().square()).to(dtype).flatten()             # [B]
     atom_norm = torch.linalg.vector_norm(dictionary, dim=0)                  # [K]
-    floor = correlation_floor(dtype) * torch.linalg.vector_norm(residual, dim=1, keepdim=True) * atom_norm  # [B, K]
-    remaining = atom_norm.square().repeat(B, 1)                              # [B, K], squared norm outside the support
+    floor = (correlation_floor(dtype) * torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+             * atom_norm)                        # [B, K]
+    remaining = atom_norm.square().repeat(B, 1)  # [B, K], squared norm outside the support
     free = torch.ones(B, K, dtype=torch.bool, device=signals.device)         # not picked yet
     usage = torch.zeros(K, dtype=dtype, device=signals.device)
-    Q = signals.new_zeros(B, sparsity, M)                                    # orthonormal basis, one row a step
+    Q = signals.new_zeros(B, sparsity, M)                        # orthonormal basis, one row a step
     R = torch.eye(sparsity, dtype=dtype, device=signals.device).repeat(B, 1, 1)
     projections = signals.new_zeros(B, sparsity)                             # <q_s, x>
     indices = torch.full((B, sparsity), -1, device=signals.device)
 
     for s in range(sparsity):
         correlations = residual @ dictionary                                 # [B, K]
-        candidate = free & (correlations.abs() > floor) & (residual.square().sum(1) > enough)[:, None]
+        candidate = (free & (correlations.abs() > floor)
+                     & (residual.square().sum(1) > enough)[:, None])
         if method != "mp": candidate &= remaining > eligible
         score = correlations.abs()
         if method == "ormp": score = score / remaining.clamp_min(eligible).sqrt()
-        if diversity and s > 0: score = score + scale * diversity * (usage.mean() - usage).clamp_min(0)
-        k = score.masked_fill(~candidate, -1).argmax(dim=1)                  # [B]
-        active = candidate[rows, k]                                          # a signal without candidates stops
+        if diversity and s > 0:
+            score = score + scale * diversity * (usage.mean() - usage).clamp_min(0)
+        k = score.masked_fill(~candidate, -1).argmax(dim=1)      # [B]
+        active = candidate[rows, k]                              # a signal without candidates stops
         indices[:, s] = torch.where(active, k, -1)
         free[rows, k] = False
         if diversity: usage += torch.bincount(k[active], minlength=K)
@@ -165,7 +171,8 @@ def pursuit(
         residual = residual - projections[:, s, None] * q
         remaining = remaining - (q @ dictionary).square()
 
-    values = projections if method == "mp" else torch.linalg.solve_triangular(R, projections[..., None], upper=True)[..., 0]
+    values = (projections if method == "mp"
+              else torch.linalg.solve_triangular(R, projections[..., None], upper=True)[..., 0])
     return indices, values / scale
 
 # %% ../nbs/00_pursuit.ipynb #0034
@@ -176,13 +183,14 @@ def decision_gap(
     picks: Tensor,  # [B, p], what could be picked next, -1 for nothing
     method: str = "omp",  # "omp", "ormp" or "mp"
     eligible: float = 1e-12,  # as the supports were made, see `pursuit`
-) -> Tensor:  # [B], by how much the worst of the picks scores less than the best atom, relative to the norm of the signal
+) -> Tensor:  # [B], how much less the worst pick scores than the best atom, over the signal's norm
     "How close the next decision is between the picks: under 1e-5 it is a near-tie, which rounding may decide."
     chosen = dictionary.T[support].mT                                        # [B, M, s]
     residual, left = signals, dictionary.square().sum(0).repeat(len(signals), 1)
     if method == "mp":
         for atom in chosen.unbind(2):
-            residual = residual - (residual * atom).sum(1, keepdim=True) / atom.square().sum(1, keepdim=True) * atom
+            residual = residual - ((residual * atom).sum(1, keepdim=True)
+                                   / atom.square().sum(1, keepdim=True) * atom)
     elif chosen.shape[2]:
         q = torch.linalg.qr(chosen).Q
         for _ in range(2): residual = residual - (q @ (q.mT @ residual[..., None]))[..., 0]
@@ -202,12 +210,13 @@ def compare_supports(
     theirs: Tensor,  # [B, S]
     method: str = "omp",  # "omp", "ormp" or "mp"
     eligible: float = 1e-12,  # as the supports were made, see `pursuit`
-) -> tuple[int, int]:  # signals whose supports differ, and those of them that first differ at a near-tie
+) -> tuple[int, int]:  # how many supports differ, and how many of these first at a near-tie
     "Compare two sets of supports, step by step; all is well while the two numbers are equal."
     first, ties = (ours != theirs).int().argmax(dim=1), 0
     first[(ours == theirs).all(dim=1)] = -1
     for step in first[first >= 0].unique().tolist():
         for rows in (first == step).nonzero()[:, 0].split(1024):
             picks = torch.stack([ours[rows, step], theirs[rows, step]], 1)
-            ties += int((decision_gap(signals[rows], dictionary, ours[rows, :step], picks, method, eligible) < 1e-5).sum())
+            ties += int((decision_gap(signals[rows], dictionary, ours[rows, :step],
+                                      picks, method, eligible) < 1e-5).sum())
     return int((first >= 0).sum()), ties

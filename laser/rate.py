@@ -50,7 +50,7 @@ def _places(tables, symbols, sizes):
 
 # %% ../nbs/02_rate.ipynb #0011
 def count_symbols(
-    tables: Tensor,  # table of each symbol, int64, -1 where the code had ended; broadcast to symbols
+    tables: Tensor,  # int64 table of each symbol, -1 where the code had ended; broadcast to symbols
     symbols: Tensor,  # the symbols, int64, any shape
     sizes: Sequence[int],  # alphabet size of each table
 ) -> Tensor:  # [sum(sizes)] int64, how often each symbol of each table occurs
@@ -65,7 +65,8 @@ def table_bits(
     "The price list: -log2 of each symbol's probability in its table. Source: Shannon 1948."
     weights = weights.double()
     if (weights <= 0).any():
-        raise ValueError("a symbol without weight cannot be written: call smooth_counts(counts) first")
+        raise ValueError("a symbol without weight cannot be written: "
+                         "call smooth_counts(counts) first")
     lengths = torch.as_tensor(sizes, device=weights.device)
     totals = torch.segment_reduce(weights, "sum", lengths=lengths)
     return totals.log2().repeat_interleave(lengths) - weights.log2()
@@ -95,7 +96,8 @@ def to_levels(
     max_level: int | None = None,  # levels beyond are clipped to it
 ) -> Tensor:  # int64, the level of each; its value is level * step
     "sign(c) * floor(|c| / step + 1/2 - dead_zone). `ValueError` for an impossible step."
-    if not step > 0: raise ValueError(f"step must be positive, got {step}: it is the width of a level")
+    if not step > 0:
+        raise ValueError(f"step must be positive, got {step}: it is the width of a level")
     magnitude = (values.abs() / step + (0.5 - dead_zone)).floor().clamp(0, max_level)
     return (magnitude * values.sign()).long()
 
@@ -111,28 +113,30 @@ def nearest_entry_rd(
     z: Tensor,  # [N, M], signals
     codebook: Tensor,  # [K, M], entries in rows
     bits: Tensor,  # [K], bits of each entry, >= 0
-    rate_weight: float,  # lambda: squared error, summed over the M numbers of a signal, that one bit is worth; >= 0
+    rate_weight: float,  # lambda: squared error, summed over M numbers, that a bit is worth; >= 0
 ) -> Tensor:  # [N] int64
     """The entry of least squared error + rate_weight * bits, for each signal, in chunks.
 
     Source: Chou, Lookabaugh and Gray 1989, "Entropy-constrained vector quantization".
     """
-    if not rate_weight >= 0: raise ValueError(f"rate_weight must not be negative, got {rate_weight}")
+    if not rate_weight >= 0:
+        raise ValueError(f"rate_weight must not be negative, got {rate_weight}")
     if not rate_weight: return nearest_entry(z, codebook)
     price = (rate_weight * bits.to(codebook.device)).sqrt().to(codebook.dtype)
     return nearest_entry(F.pad(z, (0, 1)), torch.cat([codebook, price[:, None]], 1))
 
 # %% ../nbs/02_rate.ipynb #0038
 def level_prices(
-    counts: Tensor,  # [K, 2L + 1], how often each atom had each level -L..L, 0 (in the middle) for left out
+    counts: Tensor,  # [K, 2L + 1], how often each atom had each level -L..L, 0 for left out
     strength: float = 8.0,  # how many observations the distribution over all atoms counts for
-) -> Tensor:  # [K, 2L + 1] float64, bits that a level costs more than leaving the atom out; 0 in the middle
+) -> Tensor:  # [K, 2L + 1] float64, bits of a level beyond those of leaving it out; 0 in the middle
     "The price list of `rd_pursuit`."
     (K, width), used = counts.shape, counts.double()
     zero, far = width // 2, (torch.arange(width, device=counts.device) - width // 2).abs()
     left_out, used = used[:, zero, None], used.where(far > 0, 0)
     uses = used.sum(1, keepdim=True)
-    everyone = (used + used.flip(1)).sum(0) + torch.where(far > 0, 1 / far.clamp_min(1).double().square(), 0)
+    everyone = ((used + used.flip(1)).sum(0)
+                + torch.where(far > 0, 1 / far.clamp_min(1).double().square(), 0))
     # of each level, where used
     share = (used + strength * everyone / everyone.sum()) / (uses + strength)
     odds = (left_out + K - 1) / (uses + 1)  # against use; K - 1 to 1 at the start
@@ -148,9 +152,11 @@ def count_levels(
     "What `level_prices` counts on."
     width = 2 * max_level + 1
     level = (code.values / step).round().long().clamp(-max_level, max_level)
-    places = torch.where(code.indices < 0, num_atoms * width, code.indices * width + max_level + level)
+    places = torch.where(code.indices < 0, num_atoms * width,
+                         code.indices * width + max_level + level)
     counts = torch.zeros(num_atoms * width + 1, device=places.device)
-    counts = counts.index_add_(0, places.flatten(), torch.ones_like(places.flatten(), dtype=counts.dtype))[:-1]
+    counts = counts.index_add_(0, places.flatten(),
+                               torch.ones_like(places.flatten(), dtype=counts.dtype))[:-1]
     counts = counts.view(num_atoms, width)
     counts[:, max_level] = len(code.indices) - counts.sum(1)
     return counts
@@ -229,21 +235,23 @@ def rd_pursuit(
     signals: Tensor,  # [N, M] float
     dictionary: Tensor,  # [M, K], atoms of unit norm in columns
     prices: Tensor,  # [K, 2L + 1], bits of each level of each atom, as from `level_prices`
-    rate_weight: float,  # lambda: squared error, summed over the M numbers of a signal, that one bit is worth; > 0
+    rate_weight: float,  # lambda: squared error, summed over M numbers, that a bit is worth; > 0
     step: float | None = None,  # width of a level; None: STEP_RATIO * sqrt(rate_weight)
     max_atoms: int = 32,  # S, atoms at most
     *,
     sweeps: int = 2,  # times that every atom is taken out and the best put in its place
     backend: str = "auto",  # "torch", "numba" (on the CPU) or "auto": the fastest at hand
-) -> SparseCode:  # indices [N, S] ascending, -1 where unused, and values [N, S], each its level times the step
+) -> SparseCode:  # indices [N, S] ascending, -1 where unused, and values [N, S], level times step
     """Atoms, their number and their levels by least squared error + rate_weight * bits.
 
     `ValueError` for a problem that cannot be solved: a dictionary that is not of unit norm, a price list of
     another dictionary, a rate weight or a step that is not positive.
     """
-    check_problem(signals, dictionary, min(max_atoms, dictionary.shape[1]), check_values=signals.device.type == "cpu")
+    check_problem(signals, dictionary, min(max_atoms, dictionary.shape[1]),
+                  check_values=signals.device.type == "cpu")
     if prices.ndim != 2 or len(prices) != dictionary.shape[1] or prices.shape[1] % 2 == 0:
-        raise ValueError(f"prices must be [{dictionary.shape[1]}, 2L + 1], one row an atom and 0 in the middle, "
+        raise ValueError(f"prices must be [{dictionary.shape[1]}, 2L + 1], one row an atom "
+                         "and 0 in the middle, "
                          f"got {list(prices.shape)}; make them with level_prices")
     step = STEP_RATIO * math.sqrt(max(rate_weight, 0)) if step is None else step
     if not (rate_weight > 0 and step > 0):
@@ -255,8 +263,10 @@ def rd_pursuit(
     prices, parts = prices.to(signals), signals.split(max(1, 2**22 // len(prices)))
     with torch.autocast(signals.device.type, enabled=False):
         gram = dictionary.T @ dictionary
-        found = [code(part @ dictionary, gram, prices, rate_weight, step, max_atoms, sweeps) for part in parts]
-    atoms, levels = (torch.cat(each) for each in zip(*found)) if found else (signals.new_zeros(0, max_atoms),) * 2
+        found = [code(part @ dictionary, gram, prices, rate_weight, step, max_atoms, sweeps)
+                 for part in parts]
+    atoms, levels = ((torch.cat(each) for each in zip(*found))
+                     if found else (signals.new_zeros(0, max_atoms),) * 2)
     indices, order = torch.where(levels != 0, atoms, len(prices)).long().sort(1)
     values = (levels * step).gather(1, order)
     return SparseCode(indices.where(indices < len(prices), -1), values)
@@ -272,14 +282,15 @@ class SparseAlphabet:
         num_atoms: int,  # K
         max_level: int,  # L
         max_atoms: int,  # S, atoms of one code at most
-        order: Tensor | None = None,  # [K] int64, all atoms in the order in which they are written; None: ascending
+        order: Tensor | None = None,  # [K] int64, atoms in the order of writing; None: ascending
     ):
         self.num_atoms, self.max_level, self.max_atoms = num_atoms, max_level, max_atoms
         self.order = torch.arange(num_atoms) if order is None else order
 
     def table_sizes(self) -> list[int]:
         "Alphabet sizes: K + 1 tables of K + 1 symbols, 4 K of 2 L."
-        return [self.num_atoms + 1] * (self.num_atoms + 1) + [2 * self.max_level] * (4 * self.num_atoms)
+        return ([self.num_atoms + 1] * (self.num_atoms + 1)
+                + [2 * self.max_level] * (4 * self.num_atoms))
 
     def next_table(self, before: Tensor) -> Tensor:
         "The symbols so far [N, t] to the table of the next [N], -1 where the code is complete."

@@ -40,15 +40,18 @@ class SparseCode:
 
     def reshape(self, *lead: int) -> "SparseCode":
         "The same codes with the leading dimensions `lead`, for instance `code.reshape(B, H, W)`."
-        return SparseCode(self.indices.reshape(*lead, self.sparsity), self.values.reshape(*lead, self.sparsity))
+        return SparseCode(self.indices.reshape(*lead, self.sparsity),
+                          self.values.reshape(*lead, self.sparsity))
 
     def decode(self, dictionary: Tensor) -> Tensor:
         "[..., M]: the sum of the chosen atoms of `dictionary` [M, K], differentiable in values and dictionary."
         M, lead = dictionary.shape[0], self.indices.shape[:-1]
         flat, dtype = self.reshape(-1), torch.promote_types(self.values.dtype, dictionary.dtype)
-        wide = torch.promote_types(dtype, torch.float32)  # in half precision large terms would be infinite before they cancel
+        # in half precision large terms would be infinite before they cancel
+        wide = torch.promote_types(dtype, torch.float32)
         # a bag of S weighted rows each: nothing of shape [B, K] or [B, S, M] is ever made
-        signals = F.embedding_bag(flat.indices.clamp_min(0), dictionary.T.to(wide).contiguous(), mode="sum",
+        signals = F.embedding_bag(flat.indices.clamp_min(0),
+                                  dictionary.T.to(wide).contiguous(), mode="sum",
                                   per_sample_weights=flat.values.to(wide))
         return signals.to(dtype).reshape(*lead, M)
 
@@ -81,9 +84,10 @@ def refit(
     atoms = dictionary.double().T[indices.clamp_min(0)] * used[..., None]              # [B, S, M]
     normal = atoms @ atoms.mT + torch.diag_embed((~used).double())                     # [B, S, S]
     factors = torch.linalg.lu_factor(normal)
-    values = torch.zeros_like(atoms[..., :1])                                          # [B, S, 1]
-    for _ in range(3):                                                                 # solve, then refine twice
-        values = values + torch.linalg.lu_solve(*factors, atoms @ (signals.double()[..., None] - atoms.mT @ values))
+    values = torch.zeros_like(atoms[..., :1])                             # [B, S, 1]
+    for _ in range(3):                                                    # solve, then refine twice
+        values = values + torch.linalg.lu_solve(
+            *factors, atoms @ (signals.double()[..., None] - atoms.mT @ values))
     return values[..., 0].to(signals.dtype)
 
 # %% ../nbs/01_sparse_coding.ipynb #f64c12d6
@@ -98,18 +102,22 @@ def omp_torch(
     *,
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # squared residual norm at which a signal stops
-    diversity: float = 0.0,  # weight of the bonus for little-used atoms: takes about 130 K bytes for each signal
+    diversity: float = 0.0,  # weight of the bonus for little-used atoms: about 130 K bytes a signal
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64 and values [B, S], of the signals' dtype
     "The codes of `laser.pursuit.pursuit` in float64, on any device that has it, chunk by chunk."
     (B, M), K, S = signals.shape, dictionary.shape[1], sparsity
     indices = torch.full((B, S), -1, device=signals.device)
     values = signals.new_zeros(B, S)
-    work = WORK_BYTES // 4 if signals.device.type == "cpu" else WORK_BYTES  # more leaves the cache and takes a sixth longer
-    rows = max(1, work // (8 * (16 * K + (3 * S + 6) * M + 3 * S * S))) if not diversity else max(1, B)
+    rows = WORK_BYTES // (8 * (16 * K + (3 * S + 6) * M + 3 * S * S))
+    # on the CPU a quarter stays in the cache (a sixth faster), but fewer than 64 signals
+    # read a large dictionary too often
+    if signals.device.type == "cpu": rows = max(rows // 4, min(rows, 64))
+    rows = max(1, B if diversity else rows)
     wide, eligible = dictionary.double(), eligible_norm(signals.dtype)
     for start in range(0, B, rows):
         part = slice(start, start + rows)
-        indices[part], values[part] = pursuit(signals[part].double(), wide, S, method=method, tol=tol, diversity=diversity, eligible=eligible)
+        indices[part], values[part] = pursuit(signals[part].double(), wide, S, method=method,
+                                              tol=tol, diversity=diversity, eligible=eligible)
     return indices, values
 
 # %% ../nbs/01_sparse_coding.ipynb #0032
@@ -177,11 +185,11 @@ def batch_omp(
     dictionary: Tensor,  # [M, K], atoms in columns, unit norm (any norm for "mp")
     sparsity: int,  # S, atoms per signal, 1 <= S <= K
     *,
-    method: str = "omp",  # "omp", "ormp" (order-recursive, also OLS) or "mp" (plain, each atom at most once)
+    method: str = "omp",  # "omp", "ormp" (order-recursive, OLS) or "mp" (plain, atoms at most once)
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
-    diversity: float = 0.0,  # weight of the bonus for little-used atoms; makes a code depend on its batch
+    diversity: float = 0.0,  # weight of the bonus for little-used atoms; codes depend on the batch
     backend: str = "auto",  # "auto", "reference", "torch", "numba" or "triton"
-    check_finite: bool | None = None,  # check the values too; None: on the CPU yes, on other devices no
+    check_finite: bool | None = None,  # check the values too; None: on the CPU only
 ) -> SparseCode:  # indices and values [..., S]
     """Sparse codes of a batch of signals by (orthogonal) matching pursuit.
 
@@ -191,13 +199,20 @@ def batch_omp(
     Raises `ValueError` or `TypeError`, saying how to mend it, for a problem that cannot be solved.
     """
     for name, t in (("signals", signals), ("dictionary", dictionary)):
-        if not isinstance(t, Tensor): raise TypeError(f"{name} must be a torch tensor, got {type(t).__name__}; call torch.as_tensor({name}) first")
-    if backend not in BACKENDS: raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    lead, signals = signals.shape[:-1], signals.detach().flatten(0, -2) if signals.ndim > 2 else signals.detach()
-    if check_finite is None: check_finite = signals.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(t).__name__}; "
+                            f"call torch.as_tensor({name}) first")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    lead, signals = (signals.shape[:-1],
+                     signals.detach().flatten(0, -2) if signals.ndim > 2 else signals.detach())
+    if check_finite is None:
+        check_finite = signals.device.type == "cpu" and not torch.compiler.is_compiling()
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_finite)
-    if signals.dtype in (torch.float16, torch.bfloat16): signals, dictionary = signals.float(), dictionary.float()
-    code = SparseCode(*torch.ops.laser.pursue(signals, dictionary.detach(), int(sparsity), method, float(tol), float(diversity), backend))
+    if signals.dtype in (torch.float16, torch.bfloat16):
+        signals, dictionary = signals.float(), dictionary.float()
+    code = SparseCode(*torch.ops.laser.pursue(signals, dictionary.detach(), int(sparsity),
+                                              method, float(tol), float(diversity), backend))
     return code if len(lead) == 1 else code.reshape(*lead)
 
 # %% ../nbs/01_sparse_coding.ipynb #74a4c15d
@@ -222,9 +237,12 @@ def nearest_in_chunks(
     "Index of the codebook entry nearest to each row of z, by products of chunks and `argmin`. No checks: see `nearest_entry`."
     mean, rows = codebook.mean(0), max(1024, 2**24 // len(codebook))
     centred = codebook - mean
-    half, nearest = centred.square().sum(1) / 2, torch.empty(len(z), dtype=torch.int64, device=z.device)
+    half, nearest = (centred.square().sum(1) / 2,
+                     torch.empty(len(z), dtype=torch.int64, device=z.device))
     for i in range(0, len(z), rows):
-        with exact_products(): nearest[i:i + rows] = torch.addmm(half, z[i:i + rows] - mean, centred.T, alpha=-1).argmin(1)
+        with exact_products():
+            nearest[i:i + rows] = torch.addmm(half, z[i:i + rows] - mean, centred.T,
+                                              alpha=-1).argmin(1)
     return nearest
 
 # %% ../nbs/01_sparse_coding.ipynb #e58b8dd7
@@ -244,9 +262,13 @@ def nearest_entry(
 
     Computed in float32 (float64 for float64), never more than a chunk of [B, K]. `ValueError` for shapes or devices that do not fit.
     """
-    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or codebook.shape[0] == 0:
-        raise ValueError(f"z must be [B, M] and the codebook [K, M], one entry or more, got {list(z.shape)} and {list(codebook.shape)}")
-    if z.device != codebook.device: raise ValueError(f"z is on {z.device} and the codebook on {codebook.device}; move one with .to(device)")
+    if (z.ndim != 2 or codebook.ndim != 2
+        or z.shape[1] != codebook.shape[1] or codebook.shape[0] == 0):
+        raise ValueError("z must be [B, M] and the codebook [K, M], one entry or more, "
+                         f"got {list(z.shape)} and {list(codebook.shape)}")
+    if z.device != codebook.device:
+        raise ValueError(f"z is on {z.device} and the codebook on {codebook.device}; "
+                         "move one with .to(device)")
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.ops.laser.nearest_entry(z.detach().to(dtype), codebook.detach().to(dtype))
 
@@ -261,11 +283,12 @@ def coefficient_limit(
 def quantize_coefficients(
     code: SparseCode,  # codes to quantise
     bits: int,  # b, bits per coefficient, 2 to 16
-    limit: Tensor,  # [S], positive range of each slot, as from `coefficient_limit`; larger values are clipped
+    limit: Tensor,  # [S], positive range of each slot, as from `coefficient_limit`; more is clipped
 ) -> SparseCode:  # the same support, with each value on one of 2**b - 1 levels
     "Uniform scalar quantisation of the coefficients. `ValueError` for an impossible number of bits."
     if not 2 <= bits <= 16:
-        raise ValueError(f"bits per coefficient must be from 2 to 16, got {bits}; one bit has no room for zero and a sign")
+        raise ValueError(f"bits per coefficient must be from 2 to 16, got {bits}; "
+                         "one bit has no room for zero and a sign")
     steps = 2 ** (bits - 1) - 1                                # levels on each side of zero
     limit = limit.to(code.values.dtype).clamp_min(torch.finfo(code.values.dtype).tiny)
     level = (code.values / limit * steps).round().clamp(-steps, steps)
