@@ -20,13 +20,15 @@ from .sparse_coding import exact_products, no_autocast, omp_torch
 # %% ../nbs/31_kernels_cuda.ipynb #0134
 @functools.cache
 def _scaling_kernel():
-    "Triton: signals scaled until the largest entry of each is in [1, 2), the powers of two, and the squared norms."
+    """Triton: signals scaled until the largest entry of each is in [1, 2), the powers of two,
+    and the squared norms."""
     global tl
     import triton
     import triton.language as tl
 
     def scaling(X, SCALED, SCALE, ENERGY, B, M, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr):
-        b, m = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_M)
+        b, m = (tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B),
+                tl.arange(0, BLOCK_M))
         peak, energy = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, M, BLOCK_M):
             inside = (b < B)[:, None] & (start + m < M)[None, :]
@@ -35,7 +37,8 @@ def _scaling_kernel():
         exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
         scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
         for start in range(0, M, BLOCK_M):
-            inside, place = (b < B)[:, None] & (start + m < M)[None, :], b[:, None] * M + (start + m)[None, :]
+            inside, place = ((b < B)[:, None] & (start + m < M)[None, :],
+                             b[:, None] * M + (start + m)[None, :])
             x = tl.load(X + place, mask=inside, other=0.0) * scale[:, None]
             energy += tl.sum(x * x, axis=1)
             tl.store(SCALED + place, x, mask=inside)
@@ -47,7 +50,8 @@ def _scaling_kernel():
 # %% ../nbs/31_kernels_cuda.ipynb #7b5ef054
 @functools.cache
 def _fused_kernel():
-    "Triton: a pursuit from correlations by rows of the Gram matrix, one signal a program. RULE: 0 OMP, 1 ORMP, 2 MP."
+    """Triton: a pursuit from correlations by rows of the Gram matrix, one signal a program.
+    RULE: 0 OMP, 1 ORMP, 2 MP."""
     global tl
     import triton
     import triton.language as tl
@@ -74,7 +78,8 @@ def _fused_kernel():
             if RULE == 1:
                 score = tl.where(left > eligible, c * c / left, 0.0)
                 score, limit = tl.where(left > risky, score, 2 * score), limit * limit
-            if RULE == 2: score, limit = tl.where(free & (score > limit * tl.sqrt(left)), score, 0.0), 0.0
+            if RULE == 2:
+                score, limit = tl.where(free & (score > limit * tl.sqrt(left)), score, 0.0), 0.0
             top, pick = tl.max(score, axis=0, return_indices=True)
             pick = tl.minimum(pick, K - 1)
             active = (top > limit) & (remaining > enough)
@@ -101,7 +106,8 @@ def _fused_kernel():
                     rival = most * most * (mine + shrink) >= least * least * (left - shrink)
                     rival = rival & (left + shrink > eligible) & inside & (k != pick)
                     unsure = (n > 0) & ((spread * squared > trust * energy) | (mine <= risky))
-                    unsure = unsure & ((mine - shrink <= eligible) | (tl.sum(rival.to(tl.int32), axis=0) > 0))
+                    unsure = unsure & ((mine - shrink <= eligible)
+                                       | (tl.sum(rival.to(tl.int32), axis=0) > 0))
                     doubt = active & (again | unsure | (tl.abs(correlation) <= noise * norm))
             remaining -= tl.where(active, gain, 0.0)
             move = tl.where(active, along, 0.0) * weight
@@ -118,18 +124,21 @@ def _fused_kernel():
             active = active & (doubt == 0) & (n < S)
             rows = tl.where(active, n, 0)
             if RULE == 2:
-                c -= along * tl.load(G + pick.to(tl.int64) * K + k, mask=k < tl.where(active, K, 0), other=0.0)
+                c -= along * tl.load(G + pick.to(tl.int64) * K + k,
+                                     mask=k < tl.where(active, K, 0), other=0.0)
                 free = free & (k != pick)
             if RULE == 0:
                 for j in range(rows):
                     kj = tl.sum(tl.where(s == j, support, 0), axis=0).to(tl.int64)
-                    c -= tl.sum(tl.where(s == j, move, 0.0), axis=0) * tl.load(G + kj * K + k, mask=inside, other=0.0)
+                    c -= (tl.sum(tl.where(s == j, move, 0.0), axis=0)
+                          * tl.load(G + kj * K + k, mask=inside, other=0.0))
                 c = tl.where(k == pick, 0.0, c)
             if RULE == 1:
                 w = tl.zeros([BLOCK_K], tl.float32)
                 for j in range(rows):
                     kj = tl.sum(tl.where(s == j, support, 0), axis=0).to(tl.int64)
-                    w += tl.sum(tl.where(s == j, weight, 0.0), axis=0) * tl.load(G + kj * K + k, mask=inside, other=0.0)
+                    w += (tl.sum(tl.where(s == j, weight, 0.0), axis=0)
+                          * tl.load(G + kj * K + k, mask=inside, other=0.0))
                 c, left = c - along * w, tl.where(k == pick, -1.0, left - w * w)
         used = s < n
         tl.store(INDICES + b * S + s, tl.where(used, support, -1).to(tl.int64), mask=s < S)
@@ -149,22 +158,27 @@ def _fused_warps(block):
 
 # %% ../nbs/31_kernels_cuda.ipynb #e7da7350
 def _fused(signals, dictionary, S, rule, tol, tf32):
-    "Chunk by chunk: scaling, the product by cuBLAS, and the pursuit. Indices, values, and which signals are in doubt."
+    """Chunk by chunk: scaling, the product by cuBLAS, and the pursuit.
+    Indices, values, and which signals are in doubt."""
     (B, M), K, limits = signals.shape, dictionary.shape[1], _limits(torch.float32, torch.float32)
     indices = torch.empty(B, S, dtype=torch.int64, device=signals.device)
-    values, doubt = signals.new_empty(B, S), torch.empty(B, dtype=torch.int32, device=signals.device)
+    values, doubt = (signals.new_empty(B, S),
+                     torch.empty(B, dtype=torch.int32, device=signals.device))
     gram, rows = _gram_float32(dictionary), max(1, min(B, max(1024, 2**25 // max(K, M))))
     diagonal, scaled = gram.diagonal().contiguous(), torch.empty(rows, M, device=signals.device)
-    scale, energy, correlations = (torch.empty(*s, device=signals.device) for s in ((rows,), (rows,), (rows, K)))
+    scale, energy, correlations = (torch.empty(*s, device=signals.device)
+                                   for s in ((rows,), (rows,), (rows, K)))
     block = _power_of_two(K, 32)
     for i in range(0, B, rows):
         part, n = slice(i, i + rows), min(rows, B - i)
-        _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16, min(64, _power_of_two(M, 16)))
+        _scaling_kernel()[(-(-n // 16),)](signals[part], scaled, scale, energy, n, M, 16,
+                                          min(64, _power_of_two(M, 16)))
         with exact_products(tf32): torch.mm(scaled[:n], dictionary, out=correlations[:n])
-        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy, indices[part], values[part], doubt[part],
-                              K, tol, limits.floor, limits.noise, limits.eligible, limits.risky, limits.trust,
-                              limits.stretch, limits.blur, S, rule, block, _power_of_two(S, 2),
-                              num_warps=_fused_warps(block))
+        _fused_kernel()[(n,)](correlations, gram, diagonal, scale, energy,
+                              indices[part], values[part], doubt[part], K, tol,
+                              limits.floor, limits.noise, limits.eligible, limits.risky,
+                              limits.trust, limits.stretch, limits.blur,
+                              S, rule, block, _power_of_two(S, 2), num_warps=_fused_warps(block))
     return indices, values, doubt
 
 # %% ../nbs/31_kernels_cuda.ipynb #0139
@@ -184,23 +198,25 @@ def omp_triton(
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # not offered here: must be 0
-    tf32: bool = False,  # products with 10 bits of mantissa on the tensor cores: faster, and other supports
+    tf32: bool = False,  # products with 10 bits of mantissa on tensor cores: faster, other supports
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
     """The codes of `laser.pursuit.pursuit` by a Triton kernel, in float32.
 
-    What that leaves in doubt, and all with more than 8,192 atoms, is coded by `omp_torch` in float64.
+    What that leaves in doubt is coded by `omp_torch` in float64, and so is all with more
+    than 8,192 atoms.
     """
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     if signals.dtype != torch.float32:
         raise TypeError(f"omp_triton works in float32, got {signals.dtype}; call .float() first")
     if diversity:
-        raise ValueError("omp_triton has no diversity bonus; set diversity=0 or use batch_omp(..., backend='torch')")
+        raise ValueError("omp_triton has no diversity bonus; set diversity=0 "
+                         "or use batch_omp(..., backend='torch')")
     if not signals.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("omp_triton needs CUDA tensors; to try it on the CPU, slowly, "
                          "start Python with TRITON_INTERPRET=1 in the environment")
     if importlib.util.find_spec("triton") is None:
-        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA on Linux; "
-                          "use batch_omp(..., backend='torch') without it")
+        raise ImportError("omp_triton needs the package triton, which comes with torch for CUDA "
+                          "on Linux; use batch_omp(..., backend='torch') without it")
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
     rule, options = ("omp", "ormp", "mp").index(method), dict(method=method, tol=tol)
     # Triton launches on the current device
@@ -208,5 +224,7 @@ def omp_triton(
         if dictionary.shape[1] > 8192: return omp_torch(signals, dictionary, sparsity, **options)
         indices, values, doubt = _fused(signals, dictionary, int(sparsity), rule, float(tol), tf32)
         again = (doubt > 0).nonzero()[:, 0]
-        if len(again): indices[again], values[again] = omp_torch(signals[again], dictionary, sparsity, **options)
+        if len(again):
+            indices[again], values[again] = omp_torch(signals[again], dictionary, sparsity,
+                                                      **options)
     return indices, values

@@ -31,7 +31,8 @@ __all__ = ['COLORS', 'WORDS', 'STYLE', 'color_of', 'colors_of', 'plain', 'set_fi
 # %% ../nbs/13_plots.ipynb #5d785980
 COLORS = {
     "original": "#000000", "vq": "#0077BB", "dl": "#CC3311",
-    "rvq": "#009988", "gsvq": "#EE7733", "pq": "#33BBEE", "fsq": "#EE3377", "simvq": "#332288", "rotation": "#9988DD",
+    "rvq": "#009988", "gsvq": "#EE7733", "pq": "#33BBEE", "fsq": "#EE3377",
+    "simvq": "#332288", "rotation": "#9988DD",
     "scalar": "#CCBB44", "none": "#777777", "ormp": "#882211", "mp": "#DDAA33",
     "jpeg": "#999933", "webp": "#115522", "avif": "#AA4499",
     "neutral": "#BBBBBB",
@@ -39,10 +40,11 @@ COLORS = {
 
 # %% ../nbs/13_plots.ipynb #ea7553e0
 WORDS = {  # word in a name -> method; the first that occurs decides
-    "rotation": "rotation", "simvq": "simvq", "gsvq": "gsvq", "gain": "gsvq", "rvq": "rvq", "residual": "rvq",
-    "pq": "pq", "product": "pq", "grouped": "pq", "fsq": "fsq", "scalar": "scalar", "original": "mp", "mp": "mp", "ormp": "ormp",
-    "dl": "dl", "omp": "dl", "dictionary": "dl", "vq": "vq", "codebook": "vq", "ae": "none", "none": "none",
-    "jpeg": "jpeg", "webp": "webp", "avif": "avif",
+    "rotation": "rotation", "simvq": "simvq", "gsvq": "gsvq", "gain": "gsvq", "rvq": "rvq",
+    "residual": "rvq", "pq": "pq", "product": "pq", "grouped": "pq", "fsq": "fsq",
+    "scalar": "scalar", "original": "mp", "mp": "mp", "ormp": "ormp",
+    "dl": "dl", "omp": "dl", "dictionary": "dl", "vq": "vq", "codebook": "vq",
+    "ae": "none", "none": "none", "jpeg": "jpeg", "webp": "webp", "avif": "avif",
 }
 
 # %% ../nbs/13_plots.ipynb #3f348870
@@ -55,7 +57,8 @@ def color_of(
     words = {word.removesuffix("vae") for word in re.findall("[a-z]+", name)}
     for word, method in WORDS.items():
         if word in words: return COLORS[method]
-    return to_hex(sns.husl_palette(24, s=0.6, l=0.55)[zlib.crc32(name.encode("utf-8", "replace")) % 24])
+    return to_hex(sns.husl_palette(24, s=0.6, l=0.55)[
+        zlib.crc32(name.encode("utf-8", "replace")) % 24])
 
 # %% ../nbs/13_plots.ipynb #f15e5ea1
 def colors_of(
@@ -72,16 +75,17 @@ def colors_of(
 
 # %% ../nbs/13_plots.ipynb #f4ffb1be
 def plain(
-    name: str,  # any string, also one with `$`, or with bytes that are not UTF-8 (as `os.listdir` gives them)
+    # any string, also one with `$`, or with bytes that are not UTF-8 (as `os.listdir` gives them)
+    name: str,
 ) -> str:       # what matplotlib draws as these characters
     "A name as text for a figure."
     readable = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return re.sub(r"(?<!\\)\$", r"\\$", readable)
 
 # %% ../nbs/13_plots.ipynb #4b705654
-STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=1.0), "legend.frameon": False,
-         "font.sans-serif": ["DejaVu Sans"], "axes.titlesize": 9, "figure.titlesize": 11,
-         "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=1.0),
+         "legend.frameon": False, "font.sans-serif": ["DejaVu Sans"], "axes.titlesize": 9,
+         "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
 
 # %% ../nbs/13_plots.ipynb #ebbdfda1
 def set_figure_format(
@@ -89,14 +93,16 @@ def set_figure_format(
     dpi: int = 100,            # pixels an inch: figures are 9 inches wide, so about 900 pixels
     quality: int = 85,         # of JPEG
 ) -> None:
-    "Choose how Jupyter stores figures. Does nothing to figures saved with `savefig`, and nothing outside Jupyter."
+    """Choose how Jupyter stores figures. Does nothing to figures saved with `savefig`, and nothing
+    outside Jupyter."""
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
         from IPython import get_ipython
     except ImportError:
         return
     if get_ipython() is None: return
-    if photographs: set_matplotlib_formats("jpeg", dpi=dpi, pil_kwargs=dict(quality=quality, optimize=True))
+    if photographs:
+        set_matplotlib_formats("jpeg", dpi=dpi, pil_kwargs=dict(quality=quality, optimize=True))
     else: set_matplotlib_formats("png", dpi=dpi, pil_kwargs=dict(optimize=True))
 
 # %% ../nbs/13_plots.ipynb #51299d0f
@@ -108,8 +114,8 @@ def to_array(
     if array.ndim == 3 and array.shape[0] == 1: array = array[0]
     if array.ndim == 2: return array
     if array.ndim == 3 and array.shape[0] == 3: return array.transpose(1, 2, 0).clip(0, 1)
-    raise ValueError(f"expected one image [3, H, W] or a map [H, W], got shape {tuple(image.shape)}; "
-                     "for a batch use show_images")
+    raise ValueError("expected one image [3, H, W] or a map [H, W], "
+                     f"got shape {tuple(image.shape)}; for a batch use show_images")
 
 # %% ../nbs/13_plots.ipynb #5926623d
 def show_image(
@@ -141,10 +147,13 @@ def get_grid(
     if n < 1: raise ValueError(f"a grid needs at least one panel, got n={n}")
     if ncols is None: ncols = -(-n // nrows) if nrows else min(n, 5)
     if nrows is None: nrows = -(-n // ncols)
-    if nrows * ncols < n: raise ValueError(f"{n} panels do not fit {nrows} x {ncols}; leave nrows or ncols out")
+    if nrows * ncols < n:
+        raise ValueError(f"{n} panels do not fit {nrows} x {ncols}; leave nrows or ncols out")
     with plt.rc_context(STYLE):
-        figsize = kwargs.pop("figsize", (size * ncols, (size + 0.25) * nrows + (0.3 if title else 0)))
-        figure, axes = plt.subplots(nrows, ncols, squeeze=False, figsize=figsize, layout="constrained", **kwargs)
+        figsize = kwargs.pop(
+            "figsize", (size * ncols, (size + 0.25) * nrows + (0.3 if title else 0)))
+        figure, axes = plt.subplots(
+            nrows, ncols, squeeze=False, figsize=figsize, layout="constrained", **kwargs)
         for ax in axes.flat[n:]: ax.set_visible(False)
         if title is not None: figure.suptitle(plain(title))
     return figure, axes
@@ -186,7 +195,8 @@ def error_finding(
 def error_map(
     original: Tensor,          # [..., 3, H, W] in [0, 1]
     reconstruction: Tensor,    # the same shape
-    range_width: float = 1.0,  # 1 states errors on [0, 1]; 2 states them on [-1, 1], where they are 4 times larger
+    # 1 states errors on [0, 1]; 2 states them on [-1, 1], where they are 4 times larger
+    range_width: float = 1.0,
 ) -> Tensor:                   # [..., H, W]
     "Squared error at each pixel, averaged over the channels."
     return ((original - reconstruction) * range_width).square().mean(-3)
@@ -199,15 +209,17 @@ def _range_name(range_width: float) -> str:
 # %% ../nbs/13_plots.ipynb #7cf2d04a
 def plot_reconstructions(
     original: Tensor,                           # [B, 3, H, W] in [0, 1]
-    reconstructions: Mapping[str, Tensor],      # name -> [B, 3, H, W], not clamped: errors are measured before clipping
+    # name -> [B, 3, H, W], not clamped: errors are measured before clipping
+    reconstructions: Mapping[str, Tensor],
     bits: Mapping[str, str] | None = None,      # name -> what it costs, such as "4 bits/pixel"
     range_width: float = 1.0,                   # 2 states errors on [-1, 1]
     title: str | None = None,                   # by default the finding
 ) -> Figure:
     "Original, and reconstruction and error map of each method; one colour bar an image."
     names, bits = list(reconstructions), bits or {}
-    maps = [error_map(original, r, range_width).detach().float().cpu() for r in reconstructions.values()]
-    maps = torch.stack(maps, 1)                                                              # [B, methods, H, W]
+    maps = [error_map(original, r, range_width).detach().float().cpu()
+            for r in reconstructions.values()]
+    maps = torch.stack(maps, 1)                             # [B, methods, H, W]
     errors = dict(zip(names, maps.mean((0, 2, 3)).tolist()))
     title = title or f"{error_finding(errors)} (MSE on {_range_name(range_width)})"
     beside, rows = len(names) <= 3, len(original)
@@ -228,14 +240,18 @@ def plot_reconstructions(
             drawn = show_image(maps[i, j], error, head, cmap="magma", vmin=0, vmax=top).images[0]
         with plt.rc_context(STYLE):
             bar = figure.colorbar(drawn, ax=list(row.flat), fraction=0.02, pad=0.01, extend="max")
-        bar.ax.ticklabel_format(style="sci", scilimits=(-3, 3)); bar.locator = plt.MaxNLocator(4); bar.update_ticks()
-    figure.supxlabel(f"error: squared, mean over RGB, on {_range_name(range_width)}; one scale an image", fontsize=8)
+        bar.ax.ticklabel_format(style="sci", scilimits=(-3, 3))
+        bar.locator = plt.MaxNLocator(4); bar.update_ticks()
+    figure.supxlabel(f"error: squared, mean over RGB, on {_range_name(range_width)}; "
+                     "one scale an image", fontsize=8)
     return figure
 
 # %% ../nbs/13_plots.ipynb #7555014a
 def code_maps(
-    codes: Tensor | SparseCode,    # integers [..., h, w], or of n stages [B, h, w, n]; or a sparse code over [..., S]
-) -> dict[str, Tensor]:            # "entry" (-1: none); of several "used"; of sparse codes "size"; each [..., h, w]
+    # integers [..., h, w], or of n stages [B, h, w, n]; or a sparse code over [..., S]
+    codes: Tensor | SparseCode,
+# "entry" (-1: none); of several "used"; of sparse codes "size"; each [..., h, w]
+) -> dict[str, Tensor]:
     "The maps of a code. Raises `TypeError` for codes that are neither integers nor sparse."
     if isinstance(codes, SparseCode):
         size, slot = codes.values.abs().max(-1)
@@ -243,9 +259,11 @@ def code_maps(
         entry = codes.indices.gather(-1, slot[..., None]).squeeze(-1)
         return {"entry": torch.where(used > 0, entry, -1), "used": used, "size": torch.log1p(size)}
     if not isinstance(codes, Tensor) or codes.is_floating_point():
-        raise TypeError(f"expected integers or a SparseCode, got {getattr(codes, 'dtype', type(codes).__name__)}; "
+        raise TypeError("expected integers or a SparseCode, "
+                        f"got {getattr(codes, 'dtype', type(codes).__name__)}; "
                         "pass what the bottleneck's code_entries(codes) gives")
-    return {"entry": codes} if codes.ndim < 4 else {"entry": codes[..., 0], "used": (codes >= 0).sum(-1)}
+    return ({"entry": codes} if codes.ndim < 4
+            else {"entry": codes[..., 0], "used": (codes >= 0).sum(-1)})
 
 # %% ../nbs/13_plots.ipynb #e8fe011f
 def brightness_ranks(
@@ -253,10 +271,12 @@ def brightness_ranks(
     images: Tensor,    # [B, 3, H, W] that were coded
 ) -> Tensor:           # [B, h, w]: 0 for the darkest entry in use, and so on; -1 stays
     "Entries numbered by the mean brightness of the places where they were chosen."
-    brightness = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), entry.shape[-2:])[:, 0]   # [B, h, w]
+    brightness = F.adaptive_avg_pool2d(                                         # [B, h, w]
+        images.float().mean(1, keepdim=True), entry.shape[-2:])[:, 0]
     chosen, ranks = entry >= 0, torch.full_like(entry, -1)
     _, place, count = entry[chosen].unique(return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(count), device=entry.device).index_add_(0, place, brightness[chosen]) / count
+    mean = torch.zeros(len(count), device=entry.device).index_add_(
+        0, place, brightness[chosen]) / count
     ranks[chosen] = mean.argsort().argsort()[place]
     return ranks
 
@@ -270,17 +290,20 @@ def _code_finding(name: str, maps: dict) -> str:
 # %% ../nbs/13_plots.ipynb #d89ea173
 def plot_code_heatmaps(
     original: Tensor,                            # [B, 3, H, W] in [0, 1]
-    codes: Mapping[str, Tensor | SparseCode],    # name -> codes over [B, h, w], see `code_maps`; h, w need not be H, W
+    # name -> codes over [B, h, w], see `code_maps`; h, w need not be H, W
+    codes: Mapping[str, Tensor | SparseCode],
     title: str | None = None,                    # by default the finding
 ) -> Figure:
     "Original, and the maps of each method's codes, one row an image."
-    all_maps = {name: {kind: m.cpu() for kind, m in code_maps(c).items()} for name, c in codes.items()}
+    all_maps = {name: {kind: m.cpu() for kind, m in code_maps(c).items()}
+                for name, c in codes.items()}
     columns = [(name, kind, m) for name, maps in all_maps.items() for kind, m in maps.items()
                if kind != "used" or (m == m.flatten().mode().values).float().mean() < 0.99]
     rows, ncols = len(original), 1 + len(columns)
     size = max(1.5, 9.2 / ncols)
     title = title or ";\n".join(_code_finding(*item) for item in all_maps.items())
-    figure, axes = get_grid((rows + 1) * ncols, rows + 1, ncols, title=title, height_ratios=[1] * rows + [0.06],
+    figure, axes = get_grid((rows + 1) * ncols, rows + 1, ncols, title=title,
+                            height_ratios=[1] * rows + [0.06],
                             figsize=(size * ncols, (size + 0.05) * rows + 1.5))
     for i in range(rows): show_image(original[i], axes[i, 0], "original" if i == 0 else None)
     axes[rows, 0].set_visible(False)
@@ -294,9 +317,11 @@ def plot_code_heatmaps(
         style = dict(cmap="viridis", vmin=0, vmax=top)
         if kind != "size":
             colors = sns.color_palette("viridis" if kind == "entry" else "rocket_r", top + 1)
-            style = dict(cmap=ListedColormap(colors).with_extremes(under="#E0E0E0"), vmin=-0.5, vmax=top + 0.5)
+            style = dict(cmap=ListedColormap(colors).with_extremes(under="#E0E0E0"),
+                         vmin=-0.5, vmax=top + 0.5)
         for i, ax in enumerate(column):
-            drawn = show_image(values[i], ax, f"{name}\n{head}" if i == 0 else None, **style).images[0]
+            drawn = show_image(values[i], ax, f"{name}\n{head}" if i == 0 else None,
+                               **style).images[0]
         with plt.rc_context(STYLE):
             bar = figure.colorbar(drawn, cax=bar_ax, orientation="horizontal", label=label)
         bar.locator = plt.MaxNLocator(4, integer=kind != "size"); bar.update_ticks()
@@ -311,21 +336,26 @@ def plot_channels(
     range_width: float = 1.0,                  # 2 draws values and errors on [-1, 1]
     title: str | None = None,                  # by default the finding, on this row
 ) -> Figure:
-    "Red, green and blue along one row: the original and the reconstructions, and beneath them their errors."
+    """Red, green and blue along one row: the original and the reconstructions, and beneath them
+    their errors."""
     row = original.shape[-2] // 2 if row is None else row
     low = -1.0 if range_width == 2 else 0.0
-    def values(image): return (image[:, row].detach().float().cpu() * range_width + low).numpy()         # [3, W]
+    def values(image):                                                           # [3, W]
+        return (image[:, row].detach().float().cpu() * range_width + low).numpy()
     truth, curves = values(original), [values(image) for image in reconstructions.values()]
-    errors = {name: (curve - truth) ** 2 for name, curve in zip(reconstructions, curves)}        # name -> [3, W]
-    title = title or f"Row {row}: {error_finding({name: float(e.mean()) for name, e in errors.items()})}"
+    # name -> [3, W]
+    errors = {name: (curve - truth) ** 2 for name, curve in zip(reconstructions, curves)}
+    title = title or (
+        f"Row {row}: {error_finding({name: float(e.mean()) for name, e in errors.items()})}")
     lines = ["--", ":", "-.", (0, (4, 1, 1, 1, 1, 1))]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(9.2, 4.8), sharex=True, sharey="row", layout="constrained",
-                                    height_ratios=[2, 1])
+        figure, axes = plt.subplots(2, 3, figsize=(9.2, 4.8), sharex=True, sharey="row",
+                                    layout="constrained", height_ratios=[2, 1])
         for channel, head in enumerate(("Red", "Green", "Blue")):
             above, below = axes[:, channel]
             above.plot(truth[channel], color=COLORS["original"], lw=1.8, label="original")
-            for i, ((name, color), curve) in enumerate(zip(colors_of(reconstructions).items(), curves)):
+            for i, ((name, color), curve) in enumerate(
+                    zip(colors_of(reconstructions).items(), curves)):
                 style = dict(color=color, ls=lines[i % 4], lw=1.5)
                 cost = f", {bits[name]}" if name in (bits or {}) else ""
                 above.plot(curve[channel], label=plain(name + cost), **style)
@@ -334,7 +364,8 @@ def plot_channels(
             above.set_title(plain("\n".join([head, *means])))
             below.axhline(0, color=COLORS["neutral"], lw=0.8, zorder=0)
             below.set_xlabel("column (pixels)")
-        axes[0, 0].set_ylabel(f"value on {_range_name(range_width)}"); axes[1, 0].set_ylabel("error")
+        axes[0, 0].set_ylabel(f"value on {_range_name(range_width)}")
+        axes[1, 0].set_ylabel("error")
         labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(*labels, loc="outside lower center", ncols=min(4, 1 + len(curves)))
         figure.suptitle(plain(title))
@@ -345,23 +376,27 @@ def plot_usage(
     counts: Mapping[str, Tensor],     # name -> how often each of K entries was selected [K]
     title: str | None = None,         # by default the finding
 ) -> Figure:
-    "Sorted usage of each method's entries, one panel a method. Raises `ValueError` for counts of nothing."
+    """Sorted usage of each method's entries, one panel a method. Raises `ValueError` for counts of
+    nothing."""
     from laser.bottleneck import perplexity
     if not counts or any(c.sum() == 0 for c in counts.values()):
         raise ValueError("plot_usage needs at least one method, each with at least one selection")
     spread = {name: float(perplexity(c)) for name, c in counts.items()}
     most = max(spread, key=lambda name: spread[name] / len(counts[name]))
     if title is None:
-        title = f"{most} uses its entries most evenly: as if {spread[most]:.1f} of {len(counts[most])} were used alike"
+        title = (f"{most} uses its entries most evenly: "
+                 f"as if {spread[most]:.1f} of {len(counts[most])} were used alike")
     ncols = min(len(counts), 4)
     nrows = -(-len(counts) // ncols)
-    figure, axes = get_grid(len(counts), nrows, ncols, title=title, figsize=(9.2, 2.4 * nrows + 0.5), sharey=True)
+    figure, axes = get_grid(len(counts), nrows, ncols, title=title,
+                            figsize=(9.2, 2.4 * nrows + 0.5), sharey=True)
     for ax, (name, color) in zip(axes.flat, colors_of(counts).items()):
         count = counts[name].double().cpu()
         relative = count.sort(descending=True).values / count.mean()             # 1: the even share
         ax.stairs(relative.numpy(), np.arange(len(count) + 1) + 0.5, fill=True, color=color)
         ax.axhline(1, color=COLORS["original"], ls=":", lw=1)
-        head = f"{name}\n{int((count > 0).sum())} of {len(count)} used, perplexity {spread[name]:.1f}"
+        head = (f"{name}\n{int((count > 0).sum())} of {len(count)} used, "
+                f"perplexity {spread[name]:.1f}")
         ax.set_title(plain(head), fontsize=STYLE["axes.titlesize"])
         ax.set_xlabel("entry, by rank")
     for ax in axes[:, 0]: ax.set_ylabel("selections / even share")
@@ -382,7 +417,8 @@ def plot_palette(
     degrees: float = 10.0,            # pairs of atoms closer than this count as one line
     title: str | None = None,         # by default the finding
 ) -> Figure:
-    "Codebook colours, the atoms as pairs of opposite colours, and the angle between every two atoms."
+    """Codebook colours, the atoms as pairs of opposite colours, and the angle between every two
+    atoms."""
     order, K = codebook.mean(1).argsort().cpu(), len(codebook)
     plus, minus = atom_colors(dictionary)
     cosine = (dictionary.T @ dictionary).abs().clamp(max=1).cpu()[order][:, order]
@@ -390,9 +426,11 @@ def plot_palette(
     pairs = angle[torch.triu(torch.ones_like(angle), 1).bool()]
     close = f"{int((pairs < degrees).sum())} of {len(pairs)} pairs of atoms"
     title = title or f"{K} colours, but {close} lie within {degrees:g}° of one line"
-    swatches = torch.stack([colors.cpu()[order] for colors in (codebook, plus, minus)])   # [3, K, 3]
+    # [3, K, 3]
+    swatches = torch.stack([colors.cpu()[order] for colors in (codebook, plus, minus)])
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), width_ratios=[1.6, 1], layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), width_ratios=[1.6, 1],
+                                             layout="constrained")
         left.imshow(swatches.clamp(0, 1).numpy(), aspect="auto", interpolation="nearest")
         left.set_yticks(range(3), ["entry\n(colour)", "+ atom", "− atom"]); left.set_xticks([])
         left.set_xlabel("entries from dark to light"); left.tick_params(length=0)
@@ -404,27 +442,35 @@ def plot_palette(
 
 # %% ../nbs/13_plots.ipynb #c96f0b3b
 def plot_ratios(
-    ratios: Mapping[str, Tensor],          # what was done -> [N] error of VQ divided by error of the other, one a batch
+    # what was done -> [N] error of VQ divided by error of the other, one a batch
+    ratios: Mapping[str, Tensor],
     reference: float,                      # the published ratio
     reference_name: str = "published",
     title: str | None = None,              # by default the finding
 ) -> Figure:
-    "Distributions of error ratios on a logarithmic axis, with lines at 1 (equal errors) and at the published value."
+    """Distributions of error ratios on a logarithmic axis, with lines at 1 (equal errors) and at
+    the published value."""
     values = {name: torch.as_tensor(r).double().cpu() for name, r in ratios.items()}
     def finding(name, r):
         below = [f"{100 * (r < x).double().mean():.0f}% below {x:.3g}" for x in (reference, 1)]
-        return f"{name}: median {r.median():.2f} of {len(r)}, {r.min():.2g} to {r.max():.2g}; {', '.join(below)}"
+        return (f"{name}: median {r.median():.2f} of {len(r)}, {r.min():.2g} to {r.max():.2g}; "
+                f"{', '.join(below)}")
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
         lines = {plain(name): r.numpy() for name, r in values.items()}
         palette = dict(zip(lines, colors_of(ratios).values()))
-        sns.histplot(lines, bins=24, log_scale=True, element="step", palette=palette, fill=False, lw=1.6, ax=ax)
-        ax.axvline(1, color=COLORS["vq"], ls="--"); ax.axvline(reference, color=COLORS["original"], ls=":", lw=2)
+        sns.histplot(lines, bins=24, log_scale=True, element="step", palette=palette, fill=False,
+                     lw=1.6, ax=ax)
+        ax.axvline(1, color=COLORS["vq"], ls="--")
+        ax.axvline(reference, color=COLORS["original"], ls=":", lw=2)
         for x, text in ((1, "as good as VQ"), (reference, f"{reference:.2f}: {reference_name}")):
-            ax.text(x, 1, plain(text), transform=ax.get_xaxis_transform(), rotation=90, va="top", ha="right", fontsize=8)
+            ax.text(x, 1, plain(text), transform=ax.get_xaxis_transform(), rotation=90, va="top",
+                    ha="right", fontsize=8)
         low, high = ax.get_xlim()
         ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16) if low <= t <= high]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off()
-        ax.set_xlabel("VQ error / DL error (logarithmic; above 1 DL is better)"); ax.set_ylabel("batches")
-        ax.set_title(plain(title or "\n".join(finding(*item) for item in values.items())), fontsize=10)
+        ax.set_xlabel("VQ error / DL error (logarithmic; above 1 DL is better)")
+        ax.set_ylabel("batches")
+        ax.set_title(plain(title or "\n".join(finding(*item) for item in values.items())),
+                     fontsize=10)
     return figure

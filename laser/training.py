@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'BOUNDS', 'COLUMNS', 'key', 'DataConfig', 'TrainConfig', '
            'Config', 'check_group', 'check_config', 'make_model', 'config_from_dict', 'absolute_paths', 'stored_config',
            'learning_rate_at', 'Plateau', 'WeightAverage', 'StopSignal', 'ignore_interrupts', 'Loggers',
            'make_datasets', 'continuous', 'evaluate', 'reconstruction_picture', 'make_perceptual', 'NonFiniteLoss',
-           'Position', 'psnr_of_loss', 'pick_accelerator', 'make_fabric', 'diverged', 'epoch_line', 'lr_now', 'gather',
+           'diverged', 'Position', 'psnr_of_loss', 'pick_accelerator', 'make_fabric', 'epoch_line', 'lr_now', 'gather',
            'first_for_all', 'progress_bar', 'show', 'training_loaders', 'Run', 'train_batch', 'look', 'save', 'restore',
            'end_epoch', 'TableImages', 'add_tables', 'LostProcess', 'Heartbeat', 'FitResult', 'fit', 'train_epochs',
            'evaluation_rows', 'format_table']
@@ -34,9 +34,13 @@ from .models import MODELS, Autoencoder, check_digests, load_pretrained, model_o
 def key(
     default: Any,   # value where none is given
     help: str,      # what it means
-    **limits,       # above=, least=, below=, most=: bounds; choices=: the only values; off=: a value outside the bounds that
-):                  # means none; path=True: a file or folder
-    "Declare a key of a group."
+    **limits,       # above=, least=, below=, most=, choices=, off=, path=: what it may be
+):
+    """Declare a key of a group.
+
+    `above`, `least`, `below` and `most` are bounds, `choices` the only values, and `off` a value
+    outside the bounds that means none; `path=True` says that it is a file or folder.
+    """
     return field(default=default, metadata=dict(help=help, **limits))
 
 # %% ../nbs/10_training.ipynb #4020c5ec
@@ -44,15 +48,19 @@ def key(
 class DataConfig:
     "Group `data`: which images, and how they are loaded."
     dataset: str = key("celeba", "celeba, cifar10, imagenette, folder or sample")
-    root: Optional[str] = key(None, "folder of the images; null: CELEBA_DIR or the download folder", path=True)
+    root: Optional[str] = key(
+        None, "folder of the images; null: CELEBA_DIR or the download folder", path=True)
     image_size: int = key(128, "side of the square image in pixels", least=1)
     batch_size: int = key(64, "images in a batch over all processes together", least=1)
-    num_workers: Optional[int] = key(None, "loader processes; null: one per core, at most 8", least=0)
+    num_workers: Optional[int] = key(
+        None, "loader processes; null: one per core, at most 8", least=0)
     augment: bool = key(True, "mirror half of the training images")
     cache: bool = key(False, "keep decoded images in shared memory")
     limit: Optional[int] = key(None, "use only so many training images", least=1)
     limit_val: Optional[int] = key(None, "use only so many validation images", least=1)
-    on_error: str = key("raise", "a picture that cannot be read: raise, or skip (counted and listed)", choices=("raise", "skip"))
+    on_error: str = key(
+        "raise", "a picture that cannot be read: raise, or skip (counted and listed)",
+        choices=("raise", "skip"))
 
 # %% ../nbs/10_training.ipynb #ab96df0c
 @dataclass
@@ -62,29 +70,42 @@ class TrainConfig:
     beta: float = key(0.9, "Adam's first decay", least=0, below=1)
     beta2: float = key(0.999, "Adam's second decay", least=0, below=1)
     max_epochs: int = key(20, "stop after so many epochs", least=1)
-    max_steps: int = key(-1, "stop after so many optimiser steps; -1: no such limit", least=1, off=-1)
+    max_steps: int = key(
+        -1, "stop after so many optimiser steps; -1: no such limit", least=1, off=-1)
     schedule: str = key("cosine", "of the learning rate", choices=("cosine", "plateau", "constant"))
     warmup_steps: int = key(100, "steps of linear rise to the learning rate", least=0)
-    min_lr_ratio: float = key(0.01, "the schedule ends at this share of the learning rate", least=0, most=1)
-    plateau_patience: int = key(3, "epochs without improvement before the plateau schedule lowers the rate", least=0)
+    min_lr_ratio: float = key(
+        0.01, "the schedule ends at this share of the learning rate", least=0, most=1)
+    plateau_patience: int = key(
+        3, "epochs without improvement before the plateau schedule lowers the rate", least=0)
     plateau_factor: float = key(0.5, "by which it lowers it", above=0, below=1)
     gradient_clip_val: float = key(1.0, "largest norm of the gradient; 0: no clipping", least=0)
     accumulate_grad_batches: int = key(1, "batches to an optimiser step", least=1)
-    ema_decay: float = key(0.0, "moving average of the weights, used to validate and saved; 0: off", least=0, below=1)
-    early_stopping_patience: Optional[int] = key(None, "stop after so many epochs without improvement; null: never", least=1)
-    limit_train_batches: float = key(1.0, "share of an epoch's batches (up to 1) or number of batches (above 1)", above=0)
-    log_every_n_steps: int = key(10, "steps between lines of steps.csv and looks at the loss", least=1)
-    accelerator: str = key("auto", "auto: a CUDA GPU where there is one, else the CPU", choices=("auto", "cpu", "cuda", "gpu", "mps"))
+    ema_decay: float = key(
+        0.0, "moving average of the weights, used to validate and saved; 0: off", least=0, below=1)
+    early_stopping_patience: Optional[int] = key(
+        None, "stop after so many epochs without improvement; null: never", least=1)
+    limit_train_batches: float = key(
+        1.0, "share of an epoch's batches (up to 1) or number of batches (above 1)", above=0)
+    log_every_n_steps: int = key(
+        10, "steps between lines of steps.csv and looks at the loss", least=1)
+    accelerator: str = key("auto", "auto: a CUDA GPU where there is one, else the CPU",
+                           choices=("auto", "cpu", "cuda", "gpu", "mps"))
     devices: str = key("1", "how many on each node, a list such as 0,1, or auto")
     num_nodes: int = key(1, "machines", least=1)
     strategy: str = key("auto", "auto (DDP where there are several processes), ddp, ...")
-    precision: str = key("32-true", "of the networks; the bottleneck works in float32", choices=("32-true", "16-mixed", "bf16-mixed"))
+    precision: str = key("32-true", "of the networks; the bottleneck works in float32",
+                         choices=("32-true", "16-mixed", "bf16-mixed"))
     deterministic: bool = key(False, "ask torch for deterministic algorithms (CUDA; slower)")
     tensorboard: bool = key(False, 'write TensorBoard files (extra "tensorboard")')
     pictures: int = key(8, "validation pictures to draw each epoch; 0: none", least=0)
     progress: bool = key(True, "progress bar")
-    resume: Optional[str] = key(None, "run folder or checkpoint to go on from; auto: the one in output_dir, if there is one", path=True)
-    allow_changes: bool = key(False, "go on with other data, batch size or seed than the resumed run had")
+    resume: Optional[str] = key(
+        None,
+        "run folder or checkpoint to go on from; auto: the one in output_dir, if there is one",
+        path=True)
+    allow_changes: bool = key(
+        False, "go on with other data, batch size or seed than the resumed run had")
 
 # %% ../nbs/10_training.ipynb #387b3db7
 @dataclass
@@ -98,59 +119,71 @@ class WandbConfig:
     mode: str = key("online", "of W&B", choices=("online", "offline", "disabled"))
 
 # %% ../nbs/10_training.ipynb #ec9143f2
-METRICS = dict(val_loss="min", val_mse="min", val_psnr="max", val_ssim="max", val_usage="max", val_perplexity="max",
-               train_loss="min", train_psnr="max")
+METRICS = dict(val_loss="min", val_mse="min", val_psnr="max", val_ssim="max", val_usage="max",
+               val_perplexity="max", train_loss="min", train_psnr="max")
 
 # %% ../nbs/10_training.ipynb #d56cd121
 @dataclass
 class CheckpointConfig:
     "Group `checkpoint`: what is kept, and which is best."
-    dirpath: Optional[str] = key(None, "folder of the checkpoints; null: checkpoints/ in the run's folder", path=True)
-    monitor: str = key("val_mse", "column of metrics.csv that decides which is best", choices=tuple(METRICS))
-    mode: str = key("auto", "whether less or more of it is better; auto knows", choices=("auto", "min", "max"))
+    dirpath: Optional[str] = key(
+        None, "folder of the checkpoints; null: checkpoints/ in the run's folder", path=True)
+    monitor: str = key(
+        "val_mse", "column of metrics.csv that decides which is best", choices=tuple(METRICS))
+    mode: str = key(
+        "auto", "whether less or more of it is better; auto knows", choices=("auto", "min", "max"))
     save_top_k: int = key(1, "how many of the best to keep", least=0)
     save_last: bool = key(True, "keep the newest too")
-    every_n_steps: int = key(0, "save so often within an epoch as well; 0: at its end only", least=0)
+    every_n_steps: int = key(
+        0, "save so often within an epoch as well; 0: at its end only", least=0)
 
 # %% ../nbs/10_training.ipynb #a167c617
 def model_config(
     kind: str,  # vqvae, dlvae, ... (`laser.models.MODELS`), or the registered name of a bottleneck
 ) -> type:
-    "The dataclass of group `model` for one kind of model: type, the options of its networks and bottleneck, perceptual_weight."
+    """The dataclass of group `model` for one kind of model: type, the options of its networks and
+    bottleneck, perceptual_weight."""
     options = model_options(MODELS.get(kind, kind))
-    keys = [(name, o.type, field(metadata=dict(help=o.help)) if o.default is Parameter.empty else key(o.default, o.help))
-            for name, o in options.items() if name != "seed"]                      # the bottleneck's seed is the run's
+    keys = [(name, o.type, field(metadata=dict(help=o.help)) if o.default is Parameter.empty
+                           else key(o.default, o.help))
+            for name, o in options.items() if name != "seed"]   # the bottleneck's seed is the run's
     return _model_dataclass(kind, ("type", str, key(kind, "which model")), *keys,
-                            ("perceptual_weight", float, key(0.0, "weight of LPIPS in the loss; 0: off", least=0)))
+                            ("perceptual_weight", float,
+                             key(0.0, "weight of LPIPS in the loss; 0: off", least=0)))
 
 _model_classes = {}
 
 def _model_dataclass(kind, *keys):
     "One class for one kind: made anew only if its bottleneck's options have changed."
     stamp = [(name, of, str(f.metadata), f.default) for name, of, f in keys]
-    if _model_classes.get(kind, (None,))[0] != stamp: _model_classes[kind] = stamp, make_dataclass(f"{kind}_config", keys, kw_only=True)
+    if _model_classes.get(kind, (None,))[0] != stamp:
+        _model_classes[kind] = stamp, make_dataclass(f"{kind}_config", keys, kw_only=True)
     return _model_classes[kind][1]
 
 # %% ../nbs/10_training.ipynb #ab2c1946
 @dataclass
 class Config:
     "Everything that decides a training run."
-    model: Any = field(default_factory=lambda: model_config("vqvae")(), metadata=dict(help="group model"))
+    model: Any = field(default_factory=lambda: model_config("vqvae")(),
+                       metadata=dict(help="group model"))
     data: DataConfig = field(default_factory=DataConfig, metadata=dict(help="group data"))
     train: TrainConfig = field(default_factory=TrainConfig, metadata=dict(help="group train"))
     wandb: WandbConfig = field(default_factory=WandbConfig, metadata=dict(help="group wandb"))
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=dict(help="group checkpoint"))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig,
+                                         metadata=dict(help="group checkpoint"))
     seed: int = key(42, "of everything random", least=0, below=2**32)
     output_dir: str = key("outputs/train", "folder of the run", path=True)
 
 # %% ../nbs/10_training.ipynb #34c7164a
-BOUNDS = dict(above=("above", operator.gt), least=("at least", operator.ge), below=("below", operator.lt), most=("at most", operator.le))
+BOUNDS = dict(above=("above", operator.gt), least=("at least", operator.ge),
+              below=("below", operator.lt), most=("at most", operator.le))
 
 def check_group(
     group: Any,       # a dataclass of keys, changed in place
     where: str = "",  # what its keys begin with, such as "train."
 ) -> None:
-    "Bring every value into its type; ValueError names a key that is out of its bounds, and what it may be."
+    """Bring every value into its type; ValueError names a key that is out of its bounds, and what
+    it may be."""
     for f in fields(group):
         value, m, name = getattr(group, f.name), f.metadata, where + f.name
         if is_dataclass(value):
@@ -162,10 +195,15 @@ def check_group(
         setattr(group, f.name, value)
         if value is None or value == m.get("off", None): continue
         bounds = [(word, m[bound], holds) for bound, (word, holds) in BOUNDS.items() if bound in m]
-        if value not in m.get("choices", [value]): raise ValueError(f"{name} must be one of {', '.join(m['choices'])}, not {value!r}")
-        if not all(holds(value, bound) for _, bound, holds in bounds) or (isinstance(value, float) and not math.isfinite(value)):
+        if value not in m.get("choices", [value]):
+            raise ValueError(f"{name} must be one of {', '.join(m['choices'])}, not {value!r}")
+        if (not all(holds(value, bound) for _, bound, holds in bounds)
+            or (isinstance(value, float) and not math.isfinite(value))):
             off = f", or {m['off']} for none" if "off" in m else ""
-            raise ValueError(f"{name} must be {' and '.join(f'{word} {bound}' for word, bound, _ in bounds) or 'finite'}{off}, not {value!r}")
+            raise ValueError(
+                f"{name} must be "
+                f"{' and '.join(f'{word} {bound}' for word, bound, _ in bounds) or 'finite'}"
+                f"{off}, not {value!r}")
 
 # %% ../nbs/10_training.ipynb #69daa2c4
 def check_config(
@@ -175,15 +213,22 @@ def check_config(
     check_group(config)
     m, c, size = config.model, config.checkpoint, config.data.image_size
     if c.mode not in ("auto", METRICS[c.monitor]):
-        raise ValueError(f"checkpoint.mode={c.mode} would keep the worst: of {c.monitor} the best is the {METRICS[c.monitor]}; leave checkpoint.mode out")
-    if not c.save_top_k and not c.save_last: raise ValueError("checkpoint.save_top_k=0 with checkpoint.save_last=false would keep nothing")
-    if m.in_channels != 3: raise ValueError(f"model.in_channels must be 3, not {m.in_channels}: every image set gives three channels")
+        raise ValueError(f"checkpoint.mode={c.mode} would keep the worst: of {c.monitor} the best "
+                         f"is the {METRICS[c.monitor]}; leave checkpoint.mode out")
+    if not c.save_top_k and not c.save_last:
+        raise ValueError("checkpoint.save_top_k=0 with checkpoint.save_last=false "
+                         "would keep nothing")
+    if m.in_channels != 3:
+        raise ValueError(f"model.in_channels must be 3, not {m.in_channels}: "
+                         "every image set gives three channels")
     try:
         with torch.device("meta"): divisor = make_model(m).divisor
-    except (NotImplementedError, RuntimeError): return      # a bottleneck that looks at numbers while it is built
+    # a bottleneck that looks at numbers while it is built
+    except (NotImplementedError, RuntimeError): return
     except (TypeError, ValueError) as e: raise ValueError(f"model: {e}") from e
     if size % divisor:
-        raise ValueError(f"data.image_size={size} is not divisible by {divisor} (model.downsampling_factor times model.patch_size); "
+        raise ValueError(f"data.image_size={size} is not divisible by {divisor} "
+                         "(model.downsampling_factor times model.patch_size); "
                          f"use {max(1, size//divisor)*divisor} or {-(-size//divisor)*divisor}")
 
 # %% ../nbs/10_training.ipynb #ec2f3d1c
@@ -194,19 +239,26 @@ def make_model(
     "Build the model that a configuration describes; its weights come from torch's generator."
     name = MODELS.get(config.type, config.type)
     options = {k: v for k, v in asdict(config).items() if k not in ("type", "perceptual_weight")}
-    return Autoencoder(name, **options, **(dict(seed=seed) if "seed" in model_options(name) else {}))
+    return Autoencoder(name, **options,
+                       **(dict(seed=seed) if "seed" in model_options(name) else {}))
 
 # %% ../nbs/10_training.ipynb #6a4f58af
 def config_from_dict(
     values: dict,  # what `asdict(config)` gave
 ) -> Config:  # an equal Config
-    "The configuration that a dictionary describes; ValueError for an unknown key, or a value of another type."
-    groups = dict(model=model_config(values["model"]["type"]), data=DataConfig, train=TrainConfig, wandb=WandbConfig, checkpoint=CheckpointConfig)
+    """The configuration that a dictionary describes; ValueError for an unknown key, or a value of
+    another type."""
+    groups = dict(model=model_config(values["model"]["type"]), data=DataConfig, train=TrainConfig,
+                  wandb=WandbConfig, checkpoint=CheckpointConfig)
     def build(cls, given, where):
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
-        if unknown: raise ValueError(f"unknown {where} key {unknown[0]!r}; known: {', '.join(f.name for f in fields(cls))}")
+        if unknown:
+            raise ValueError(f"unknown {where} key {unknown[0]!r}; "
+                             f"known: {', '.join(f.name for f in fields(cls))}")
         return cls(**given)
-    config = build(Config, {k: build(groups[k], v, k) if k in groups else v for k, v in values.items()}, "configuration")
+    config = build(
+        Config, {k: build(groups[k], v, k) if k in groups else v for k, v in values.items()},
+        "configuration")
     check_group(config)
     return config
 
@@ -218,20 +270,26 @@ def absolute_paths(
     config = copy.deepcopy(config)
     for group in (config, config.data, config.wandb, config.checkpoint):
         for f in fields(group):
-            if f.metadata.get("path") and getattr(group, f.name): setattr(group, f.name, os.path.abspath(os.path.expanduser(getattr(group, f.name))))
+            if f.metadata.get("path") and getattr(group, f.name):
+                setattr(group, f.name,
+                        os.path.abspath(os.path.expanduser(getattr(group, f.name))))
     return config
 
 # %% ../nbs/10_training.ipynb #d04d0e38
 def stored_config(
     checkpoint: str | Path,  # folder of one checkpoint
 ) -> Config:  # with output_dir and checkpoint.dirpath where the checkpoint lies now
-    "The configuration of the run that made a checkpoint; ValueError names the file if it is damaged."
+    """The configuration of the run that made a checkpoint; ValueError names the file if it is
+    damaged."""
     path = Path(checkpoint)/"run.json"
-    if not path.is_file(): raise FileNotFoundError(f"{checkpoint} can be evaluated but not resumed: it has no run.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint} can be evaluated but not resumed: "
+                                "it has no run.json")
     check_digests(path.parent, path.name)
     values = read_json(path, "resume from another checkpoint of the run, by its name")
     try: config = config_from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is damaged, or of another version ({e})") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged, or of another version ({e})") from e
     usual = path.parent.parent.name == "checkpoints"                # RUN/checkpoints/step-...
     config.output_dir = str(path.parent.parent.parent if usual else path.parent.parent)
     config.checkpoint.dirpath = None if usual else str(path.parent.parent)
@@ -244,7 +302,8 @@ def learning_rate_at(
     config: TrainConfig,   # learning_rate, schedule, warmup_steps, min_lr_ratio
 ) -> float:  # learning rate of the next step
     "Warm-up, then cosine or constant."
-    warmup = min(config.warmup_steps, total_steps//2)  # a very short run still gets to its full rate
+    # a very short run still gets to its full rate
+    warmup = min(config.warmup_steps, total_steps//2)
     if step < warmup: return config.learning_rate*(step + 1)/warmup
     if config.schedule != "cosine": return config.learning_rate
     done = min(1.0, (step - warmup)/max(1, total_steps - warmup))
@@ -283,19 +342,23 @@ class WeightAverage:
     def update(self, model: Autoencoder, step: int) -> None:
         "Move towards the model; quickly in the first steps, so that the random start is forgotten."
         decay = min(self.decay, (1 + step)/(10 + step))
-        for mine, theirs in zip(self.model.parameters(), model.parameters()): mine.lerp_(theirs, 1 - decay)
-        for mine, theirs in zip(self.model.modules(), model.modules()):   # tables may have changed their shape
-            for name, buffer in theirs._buffers.items(): mine._buffers[name] = None if buffer is None else buffer.clone()
+        for mine, theirs in zip(self.model.parameters(), model.parameters()):
+            mine.lerp_(theirs, 1 - decay)
+        # tables may have changed their shape
+        for mine, theirs in zip(self.model.modules(), model.modules()):
+            for name, buffer in theirs._buffers.items():
+                mine._buffers[name] = None if buffer is None else buffer.clone()
         self.model.bottleneck.after_step()
 
 # %% ../nbs/10_training.ipynb #0054
 class StopSignal:
-    "`with StopSignal() as stop:` after a first Ctrl-C or SIGTERM `stop.requested` is true; a second one interrupts."
+    """`with StopSignal() as stop:` after a first Ctrl-C or SIGTERM `stop.requested` is true; a
+    second one interrupts."""
     requested = False
 
     def __enter__(self):
         self.old = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+        if threading.current_thread() is threading.main_thread():  # handlers are allowed there only
             for s in (signal.SIGINT, signal.SIGTERM): self.old[s] = signal.signal(s, self.handle)
         return self
 
@@ -330,21 +393,31 @@ class Loggers:
         for name in ("metrics.csv", "steps.csv"): keep_rows(self.folder/name, step)
         if config.train.tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e: raise ImportError("train.tensorboard=true needs TensorBoard: pip install tensorboard") from e
+            except ImportError as e:
+                raise ImportError("train.tensorboard=true needs TensorBoard: "
+                                  "pip install tensorboard") from e
             self.board = SummaryWriter(self.folder/"tensorboard", purge_step=step or None)
         if config.wandb.enabled:
             try: import wandb
-            except ImportError as e: raise ImportError("wandb.enabled=true needs Weights & Biases: pip install wandb") from e
+            except ImportError as e:
+                raise ImportError("wandb.enabled=true needs Weights & Biases: "
+                                  "pip install wandb") from e
             w = config.wandb
-            if os.environ.get("WANDB_MODE") == "": del os.environ["WANDB_MODE"]   # set but empty: W&B takes it for a mode
-            self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity, dir=w.save_dir or str(self.folder),
-                                    mode=w.mode, config=asdict(config), id=self.wandb_id(new=not step), resume="allow")
+            # set but empty: W&B takes it for a mode
+            if os.environ.get("WANDB_MODE") == "": del os.environ["WANDB_MODE"]
+            self.wandb = wandb.init(project=w.project, name=w.name, entity=w.entity,
+                                    dir=w.save_dir or str(self.folder), mode=w.mode,
+                                    config=asdict(config), id=self.wandb_id(new=not step),
+                                    resume="allow")
 
     def wandb_id(self, new: bool) -> str:
-        "The run's name at W&B: kept in its folder, so that a resumed run goes on with the same curves."
+        """The run's name at W&B: kept in its folder, so that a resumed run goes on with the same
+        curves."""
         path = self.folder/"wandb-id.txt"
-        stored = path.read_text(encoding="utf-8", errors="replace")[:64] if path.is_file() and not new else ""
-        if not re.fullmatch(r"\w{4,64}", stored): path.write_text(stored := secrets.token_hex(4), encoding="utf-8")
+        stored = (path.read_text(encoding="utf-8", errors="replace")[:64]
+                  if path.is_file() and not new else "")
+        if not re.fullmatch(r"\w{4,64}", stored):
+            path.write_text(stored := secrets.token_hex(4), encoding="utf-8")
         return stored
 
     def scalars(self, file: str, row: dict) -> None:
@@ -352,7 +425,9 @@ class Loggers:
         if not self.active: return
         append_row(self.folder/file, row)
         numbers = {k: v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
-        if self.board: [self.board.add_scalar(f"{file.split('.')[0]}/{k}", v, row["step"]) for k, v in numbers.items()]
+        if self.board:
+            [self.board.add_scalar(f"{file.split('.')[0]}/{k}", v, row["step"])
+             for k, v in numbers.items()]
         if self.wandb: self.wandb.log(dict(numbers, epoch=row["epoch"]), step=row["step"])
 
     def picture(self, file: str, image: torch.Tensor, step: int) -> None:
@@ -382,7 +457,8 @@ def make_datasets(
 ) -> list[Images]:  # one for each split
     "The image sets of a configuration."
     limits = dict(train=config.limit, val=config.limit_val)
-    return [get_dataset(config.dataset, split, config.root, config.image_size, limits.get(split), seed, config.on_error) for split in splits]
+    return [get_dataset(config.dataset, split, config.root, config.image_size, limits.get(split),
+                        seed, config.on_error) for split in splits]
 
 # %% ../nbs/10_training.ipynb #2bb86d7c
 def continuous(
@@ -399,7 +475,8 @@ def evaluate(
     model: Autoencoder,              # put into eval mode here and left as it was found
     loader,                          # batches [B, 3, H, W] in [0, 1]
     device: str | torch.device = "cpu",      # where the model is
-    coefficient_bits: int | None = None,     # round a DLVAE's coefficients to so many bits; None: as the model is set
+    # round a DLVAE's coefficients to so many bits; None: as the model is set
+    coefficient_bits: int | None = None,
     lpips: Lpips | None = None,      # from `load_lpips`; None: no such column
     fid=None,                        # from `load_fid`; None: no such column
 ) -> dict[str, float]:  # loss, mse, psnr, ssim, usage, perplexity, bits_per_pixel, ...
@@ -444,12 +521,20 @@ def make_perceptual(
     "The weighted perceptual loss."
     if not weight: return None
     try: lpips = Lpips(net, pretrained=pretrained).to(device)
-    except OSError as e: raise OSError(f"model.perceptual_weight={weight} cannot be used: {e}") from e
+    except OSError as e:
+        raise OSError(f"model.perceptual_weight={weight} cannot be used: {e}") from e
     return lambda x, y: weight*lpips(x, y).mean()
 
 # %% ../nbs/10_training.ipynb #0083
 class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; the message says at which step and what remains."
+
+# %% ../nbs/10_training.ipynb #0094
+def diverged(step, epoch, checkpoints):
+    "The error for a loss that is not finite."
+    return NonFiniteLoss(f"the loss became NaN or infinite at step {step} (epoch {epoch + 1}); "
+                         f"{checkpoints.left()}. Lower train.learning_rate or "
+                         "train.gradient_clip_val, or use train.precision=32-true")
 
 # %% ../nbs/10_training.ipynb #0085
 @dataclass
@@ -466,7 +551,8 @@ class Position:
 
     def next_epoch(self) -> None:
         "One epoch is done; the sums start again."
-        self.epoch, self.batch, self.images, self.batches, self.loss, self.mse = self.epoch + 1, 0, 0, 0, 0.0, 0.0
+        (self.epoch, self.batch, self.images, self.batches, self.loss, self.mse) = (
+            self.epoch + 1, 0, 0, 0, 0.0, 0.0)
 
 # %% ../nbs/10_training.ipynb #0088
 def psnr_of_loss(
@@ -477,7 +563,8 @@ def psnr_of_loss(
 
 # %% ../nbs/10_training.ipynb #0091
 def _leave_group():
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 def pick_accelerator(
     name: str,  # auto, cpu, cuda (or gpu) or mps
@@ -486,7 +573,9 @@ def pick_accelerator(
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto": return "cuda" if there["cuda"] else "cpu"
     name = "cuda" if name == "gpu" else name
-    if not there.get(name): raise ValueError(f"accelerator={name} is not here; choose auto or {', '.join(n for n, ok in there.items() if ok)}")
+    if not there.get(name):
+        raise ValueError(f"accelerator={name} is not here; "
+                         f"choose auto or {', '.join(n for n, ok in there.items() if ok)}")
     return name
 
 def make_fabric(
@@ -496,25 +585,22 @@ def make_fabric(
     from lightning.fabric import Fabric
     accelerator = pick_accelerator(config.accelerator)
     if config.precision == "16-mixed" and accelerator != "cuda":
-        raise ValueError("train.precision=16-mixed needs a CUDA GPU: on the CPU use bf16-mixed or 32-true")
+        raise ValueError("train.precision=16-mixed needs a CUDA GPU: "
+                         "on the CPU use bf16-mixed or 32-true")
     if accelerator == "cpu" and "," in config.devices:
         count = len(config.devices.split(","))
-        raise ValueError(f"train.devices={config.devices} names GPUs, and this run is on the CPU: say how many processes, train.devices={count}")
+        raise ValueError(f"train.devices={config.devices} names GPUs, and this run is on the CPU: "
+                         f"say how many processes, train.devices={count}")
     atexit.register(_leave_group)
     return Fabric(accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes,
                   strategy=config.strategy, precision=config.precision)
 
-# %% ../nbs/10_training.ipynb #0094
-def diverged(step, epoch, checkpoints):
-    "The error for a loss that is not finite."
-    return NonFiniteLoss(f"the loss became NaN or infinite at step {step} (epoch {epoch + 1}); {checkpoints.left()}. "
-                         "Lower train.learning_rate or train.gradient_clip_val, or use train.precision=32-true")
-
 # %% ../nbs/10_training.ipynb #0095
 def epoch_line(name, row, max_epochs):
     "What is printed after an epoch."
-    return (f"{name} epoch {row['epoch']}/{max_epochs}: loss {row['train_loss']:.4f}, validation PSNR {row['val_psnr']:.2f} dB, "
-            f"SSIM {row['val_ssim']:.3f}, usage {row['val_usage']:.0%}, {row['images_per_second']:.0f} images/s")
+    return (f"{name} epoch {row['epoch']}/{max_epochs}: loss {row['train_loss']:.4f}, "
+            f"validation PSNR {row['val_psnr']:.2f} dB, SSIM {row['val_ssim']:.3f}, "
+            f"usage {row['val_usage']:.0%}, {row['images_per_second']:.0f} images/s")
 
 # %% ../nbs/10_training.ipynb #0096
 def lr_now(optimizer): return optimizer.param_groups[0]["lr"]
@@ -547,7 +633,8 @@ def progress_bar(
     "The bar of a run."
     from tqdm.auto import tqdm
     quiet = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else dict(mininterval=30)
-    return tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not show, **quiet)
+    return tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True,
+                disable=not show, **quiet)
 
 # %% ../nbs/10_training.ipynb #0101
 def show(bar, name, now, max_epochs):
@@ -566,8 +653,9 @@ def training_loaders(
 ):  # two loaders; loader.batch_sampler.steps_per_epoch is the number of batches in an epoch
     "Loaders for training and validation."
     d, limit = config.data, config.train.limit_train_batches
-    loaders = make_loaders(train, val, batch_size=d.batch_size, flip=d.augment, cache=d.cache, num_workers=d.num_workers,
-                           pin_memory=on_gpu, seed=config.seed, rank=rank, world_size=world_size)
+    loaders = make_loaders(train, val, batch_size=d.batch_size, flip=d.augment, cache=d.cache,
+                           num_workers=d.num_workers, pin_memory=on_gpu, seed=config.seed,
+                           rank=rank, world_size=world_size)
     for loader in loaders: loader.worker_init_fn = ignore_interrupts
     sampler = loaders[0].batch_sampler
     wanted = int(limit) if limit > 1 else max(1, int(sampler.steps_per_epoch*limit))
@@ -580,16 +668,20 @@ class Run:
     def __init__(self,
         config: Config,                           # checked
         fabric,                                   # launched
-        datasets: Optional[list[Images]] = None,  # training and validation set; None: those of config.data
+        # training and validation set; None: those of config.data
+        datasets: Optional[list[Images]] = None,
     ):
         t, c, self.config, self.fabric = config.train, config.checkpoint, config, fabric
-        self.several, self.is_first, self.device = fabric.world_size > 1, fabric.is_global_zero, fabric.device
+        self.several, self.is_first, self.device = (
+            fabric.world_size > 1, fabric.is_global_zero, fabric.device)
         torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
         if t.deterministic: torch.use_deterministic_algorithms(True)
 
-        self.train_set, self.val_set = datasets or make_datasets(config.data, "train", "val", seed=config.seed)
-        self.loader, self.val_loader = training_loaders(config, self.train_set, self.val_set, fabric.global_rank, fabric.world_size,
-                                                        on_gpu=self.device.type == "cuda")
+        self.train_set, self.val_set = datasets or make_datasets(config.data, "train", "val",
+                                                                 seed=config.seed)
+        self.loader, self.val_loader = training_loaders(
+            config, self.train_set, self.val_set, fabric.global_rank, fabric.world_size,
+            on_gpu=self.device.type == "cuda")
         self.batches = self.loader.batch_sampler.steps_per_epoch
         self.total_steps = t.max_epochs*math.ceil(self.batches/t.accumulate_grad_batches)
         if t.max_steps > 0: self.total_steps = min(self.total_steps, t.max_steps)
@@ -597,13 +689,17 @@ class Run:
         self.model = make_model(config.model, config.seed)
         self.perceptual = make_perceptual(config.model.perceptual_weight, self.device)
         optimizer = torch.optim.Adam(self.model.parameters(), t.learning_rate, (t.beta, t.beta2))
-        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)  # the model is on the device now; `wrapped` adds precision and DDP
+        # the model is on the device now; `wrapped` adds precision and DDP
+        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         self.average = WeightAverage(self.model, t.ema_decay) if t.ema_decay else None
-        self.judged = self.average.model if self.average else self.model    # what is validated and saved
+        # what is validated and saved
+        self.judged = self.average.model if self.average else self.model
 
         self.folder, mode = Path(config.output_dir), METRICS[c.monitor]
-        self.checkpoints = Checkpoints(c.dirpath or self.folder/"checkpoints", c.monitor, mode, c.save_top_k, c.save_last)
-        self.watch, self.slope = Plateau(mode), Plateau(mode)               # for early stopping; for the schedule
+        self.checkpoints = Checkpoints(c.dirpath or self.folder/"checkpoints", c.monitor, mode,
+                                       c.save_top_k, c.save_last)
+        # for early stopping; for the schedule
+        self.watch, self.slope = Plateau(mode), Plateau(mode)
         self.at, self.window, self.row, self.began = Position(), [], {}, time.perf_counter()
         self.stop, self.stopped = StopSignal(), False
 
@@ -615,14 +711,16 @@ class Run:
     @property
     def resume_with(self) -> str:
         "The command that goes on with this run."
-        place = f"{self.checkpoints.folder/'last'} output_dir={self.folder}" if self.config.checkpoint.dirpath else self.folder
+        place = (f"{self.checkpoints.folder/'last'} output_dir={self.folder}"
+                 if self.config.checkpoint.dirpath else self.folder)
         return f"laser_train train.resume={place}"
 
     @property
     def finished(self) -> bool:
         "Whether there is nothing left to do."
         patience = self.config.train.early_stopping_patience or math.inf
-        return self.at.epoch >= self.config.train.max_epochs or self.at.step >= self.total_steps or self.watch.bad_epochs >= patience
+        return (self.at.epoch >= self.config.train.max_epochs or self.at.step >= self.total_steps
+                or self.watch.bad_epochs >= patience)
 
 # %% ../nbs/10_training.ipynb #ea85eb86
 def train_batch(
@@ -631,31 +729,36 @@ def train_batch(
 ) -> bool:  # whether the optimiser made a step
     "Learn from one batch; loss, reconstruction loss and the gradient's norm go to run.window."
     t, at = run.config.train, run.at
-    x = as_floats(x.to(run.device, non_blocking=True))                             # [B, 3, H, W] in [0, 1]
+    x = as_floats(x.to(run.device, non_blocking=True))      # [B, 3, H, W] in [0, 1]
     accumulate = t.accumulate_grad_batches
-    group = min(accumulate, run.batches - at.batch//accumulate*accumulate)         # batches that share this step
+    # batches that share this step
+    group = min(accumulate, run.batches - at.batch//accumulate*accumulate)
     updating = (at.batch + 1) % accumulate == 0 or at.batch + 1 == run.batches
-    for g in run.optimizer.param_groups: g["lr"] = learning_rate_at(at.step, run.total_steps, t)*run.slope.scale
+    for g in run.optimizer.param_groups:
+        g["lr"] = learning_rate_at(at.step, run.total_steps, t)*run.slope.scale
 
     with run.fabric.no_backward_sync(run.wrapped, enabled=run.several and not updating):
-        try: out = run.wrapped(x)                                                  # reconstruct
-        except ValueError as e:                                                    # the bottleneck refuses NaN
-            if "NaN or infinity" in str(e): raise diverged(at.step + 1, at.epoch, run.checkpoints) from e
+        try: out = run.wrapped(x)                           # reconstruct
+        except ValueError as e:                             # the bottleneck refuses NaN
+            if "NaN or infinity" in str(e):
+                raise diverged(at.step + 1, at.epoch, run.checkpoints) from e
             raise
-        loss = out.loss                                                            # MSE + bottleneck
+        loss = out.loss                                     # MSE + bottleneck
         if run.perceptual: loss = loss + run.perceptual(x, out.reconstruction.clamp(0, 1))
-        run.fabric.backward(loss/group)                                            # find the slope
+        run.fabric.backward(loss/group)                     # find the slope
     norm = torch.zeros((), device=run.device)
     if updating:
         if t.gradient_clip_val:
-            norm = run.fabric.clip_gradients(run.wrapped, run.optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
-        run.optimizer.step()                                                       # step downhill
+            norm = run.fabric.clip_gradients(
+                run.wrapped, run.optimizer, max_norm=t.gradient_clip_val, error_if_nonfinite=False)
+        run.optimizer.step()                                # step downhill
         run.optimizer.zero_grad()
         run.model.bottleneck.after_step()
         at.step += 1
         if run.average: run.average.update(run.model, at.step)
     if t.precision == "16-mixed": norm = torch.zeros_like(norm)
-    run.window.append(torch.stack([loss.detach(), out.reconstruction_loss.detach(), norm.detach()]).float())
+    run.window.append(torch.stack(
+        [loss.detach(), out.reconstruction_loss.detach(), norm.detach()]).float())
     at.batch += 1
     return updating
 
@@ -667,9 +770,11 @@ def look(run: Run) -> None:
     flags = torch.tensor([float(len(bad) > 0), float(run.stop.requested)], device=run.device)
     if run.several: flags = run.fabric.all_reduce(flags, reduce_op="sum")
     if flags[0]:
-        step = at.step - (len(values) - 1 - (bad or [0])[0])//run.config.train.accumulate_grad_batches
+        step = at.step - (
+            (len(values) - 1 - (bad or [0])[0])//run.config.train.accumulate_grad_batches)
         raise diverged(step, at.epoch, run.checkpoints)
-    for loss, mse, _ in values: at.loss, at.mse, at.batches = at.loss + loss, at.mse + mse, at.batches + 1
+    for loss, mse, _ in values:
+        at.loss, at.mse, at.batches = at.loss + loss, at.mse + mse, at.batches + 1
     run.window.clear()
     run.stopped = run.stopped or bool(flags[1])
 
@@ -679,14 +784,18 @@ def save(
     value: Optional[float] = None,  # the monitored number, if the model has just been validated
 ) -> None:
     "Write a checkpoint; an error on the first process is an error on all."
-    run.at.seconds, run.began = run.at.seconds + time.perf_counter() - run.began, time.perf_counter()
-    state = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.fabric._precision.state_dict(),
-                 average=run.average.model.state_dict() if run.average else None, position=asdict(run.at),
-                 watch=asdict(run.watch), slope=asdict(run.slope), rng=gather(run.fabric, rng_state()),
+    run.at.seconds, run.began = (run.at.seconds + time.perf_counter() - run.began,
+                                 time.perf_counter())
+    state = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(),
+                 scaler=run.fabric._precision.state_dict(),
+                 average=run.average.model.state_dict() if run.average else None,
+                 position=asdict(run.at), watch=asdict(run.watch), slope=asdict(run.slope),
+                 rng=gather(run.fabric, rng_state()),
                  pictures=[len(run.train_set), len(run.val_set)])
     def write(place):
         run.judged._save_pretrained(place)
-        (place/"run.json").write_text(json.dumps(asdict(run.config), indent=2) + "\n", encoding="utf-8")
+        (place/"run.json").write_text(
+            json.dumps(asdict(run.config), indent=2) + "\n", encoding="utf-8")
         torch.save(state, place/"training.pt")
     first_for_all(run.fabric, lambda: run.checkpoints.save(run.at.step, write, value))
 
@@ -695,24 +804,32 @@ def restore(
     run: Run,
     checkpoint: Path,  # folder of one checkpoint
 ) -> None:
-    "Put everything back; ValueError for another model's checkpoint, a damaged one, or one of a run on other data."
+    """Put everything back; ValueError for another model's checkpoint, a damaged one, or one of a
+    run on other data."""
     state = load_training_state(checkpoint, run.model)
     was, pictures = stored_config(checkpoint), [len(run.train_set), len(run.val_set)]
-    value = lambda c, name: getattr(getattr(c, name.split(".")[0]), name.split(".")[1]) if "." in name else getattr(c, name)
+    value = lambda c, name: (getattr(getattr(c, name.split(".")[0]), name.split(".")[1])
+                             if "." in name else getattr(c, name))
     changes = [f"{k}={value(was, k)!r} (now {value(run.config, k)!r})" for k in
-               ("seed", "data.dataset", "data.image_size", "data.batch_size", "data.augment") if value(was, k) != value(run.config, k)]
+               ("seed", "data.dataset", "data.image_size", "data.batch_size", "data.augment")
+               if value(was, k) != value(run.config, k)]
     if state.get("pictures", pictures) != pictures:
-        changes.append("{} training and {} validation pictures (now {} and {})".format(*state["pictures"], *pictures))
+        changes.append("{} training and {} validation pictures (now {} and {})".format(
+            *state["pictures"], *pictures))
     if changes and not run.config.train.allow_changes:
-        raise ValueError(f"{checkpoint} was trained with {', '.join(changes)}: resume with the same, or set train.allow_changes=true")
+        raise ValueError(f"{checkpoint} was trained with {', '.join(changes)}: "
+                         "resume with the same, or set train.allow_changes=true")
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         if run.average: run.average.model.load_state_dict(state["average"] or state["model"])
         if state["scaler"]: run.fabric._precision.load_state_dict(state["scaler"])
-        run.at, run.watch, run.slope = Position(**state["position"]), Plateau(**state["watch"]), Plateau(**state["slope"])
+        run.at, run.watch, run.slope = (
+            Position(**state["position"]), Plateau(**state["watch"]), Plateau(**state["slope"]))
         set_rng_state(state["rng"][run.fabric.global_rank % len(state["rng"])])
-    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{checkpoint/'training.pt'} is damaged, or of another version ({e!r:.200}): resume from another checkpoint") from e
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError,
+            ValueError) as e:
+        raise ValueError(f"{checkpoint/'training.pt'} is damaged, or of another version "
+                         f"({e!r:.200}): resume from another checkpoint") from e
     run.checkpoints.forget_after(run.at.step)
 
 # %% ../nbs/10_training.ipynb #00be86cd
@@ -728,24 +845,31 @@ def end_epoch(
     sums = sum_over_processes(torch.tensor([at.loss, at.mse, at.batches], dtype=torch.float64))
     train_loss, train_mse = (sums[:2]/sums[2]).tolist()
     with run.fabric.autocast(): results = evaluate(run.judged, run.val_loader, run.device)
-    run.row = dict(epoch=at.epoch + 1, step=at.step, train_loss=train_loss, train_psnr=psnr_of_loss(train_mse),
-                   **{f"val_{k}": v for k, v in results.items() if k != "images"}, learning_rate=lr_now(run.optimizer),
-                   images_per_second=images/max(seconds, 1e-9), waiting_for_data=waited/max(seconds, 1e-9),
+    run.row = dict(epoch=at.epoch + 1, step=at.step,
+                   train_loss=train_loss, train_psnr=psnr_of_loss(train_mse),
+                   **{f"val_{k}": v for k, v in results.items() if k != "images"},
+                   learning_rate=lr_now(run.optimizer),
+                   images_per_second=images/max(seconds, 1e-9),
+                   waiting_for_data=waited/max(seconds, 1e-9),
                    seconds=at.seconds + time.perf_counter() - run.began)
     logs.scalars("metrics.csv", run.row)
     if t.pictures and run.is_first:
         first = run.val_set.batch(range(min(t.pictures, len(run.val_set)))).to(run.device)
-        logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png", reconstruction_picture(run.judged, first), at.step)
+        logs.picture(f"pictures/epoch-{at.epoch + 1:03d}.png",
+                     reconstruction_picture(run.judged, first), at.step)
     value = run.row[run.config.checkpoint.monitor]
     run.watch.update(value)
-    if t.schedule == "plateau" and not run.slope.update(value) and run.slope.bad_epochs > t.plateau_patience:
+    if (t.schedule == "plateau" and not run.slope.update(value)
+        and run.slope.bad_epochs > t.plateau_patience):
         run.slope.scale, run.slope.bad_epochs = run.slope.scale*t.plateau_factor, 0
-    if at.batch == run.batches: at.next_epoch()         # not so if max_steps ended the run within an epoch
+    # not so if max_steps ended the run within an epoch
+    if at.batch == run.batches: at.next_epoch()
     save(run, value)
 
 # %% ../nbs/10_training.ipynb #b67bf89f
 class TableImages:
-    "Batches of evenly spaced images of a set, as floats on a device; can be gone through several times."
+    """Batches of evenly spaced images of a set, as floats on a device; can be gone through several
+    times."""
     def __init__(self, images: Images, device, most: int = 2048, batch_size: int = 32):
         self.images, self.device, self.batch_size = images, device, batch_size
         self.keys = range(0, len(images), max(1, len(images)//most))[:most]
@@ -754,6 +878,7 @@ class TableImages:
         for i in range(0, len(self.keys), self.batch_size):
             yield self.images.batch(self.keys[i:i + self.batch_size]).to(self.device)
 
+# %% ../nbs/10_training.ipynb #1b9a20bf
 def add_tables(run: Run) -> None:
     "Fit the probability tables of the best checkpoint, and save them with it."
     name = run.checkpoints.best or run.checkpoints.last
@@ -768,20 +893,24 @@ class LostProcess(RuntimeError):
     "Another process of the run has died or hangs; the message says how to go on."
 
 class Heartbeat:
-    "`with Heartbeat(run):` end this process when another one of the run is silent for `limit` seconds."
+    """`with Heartbeat(run):` end this process when another one of the run is silent for `limit`
+    seconds."""
     def __init__(self, run: Run, every: float = 5.0, limit: float = 45.0):
         self.run, self.every, self.limit, self.done = run, every, limit, threading.Event()
 
     def text(self, who: str) -> str:
         "What a person should know."
         left = Checkpoints(self.run.checkpoints.folder).left()
-        return f"{who} of the run has died or hangs, at step {self.run.at.step}; {left}. Go on with: {self.run.resume_with}"
+        return (f"{who} of the run has died or hangs, at step {self.run.at.step}; {left}. "
+                f"Go on with: {self.run.resume_with}")
 
     def watch(self):
         "The thread."
         from torch.distributed import PrefixStore, distributed_c10d
-        store, rank = PrefixStore("laser", distributed_c10d._get_default_store()), self.run.fabric.global_rank
-        seen = {other: ("", time.monotonic()) for other in range(self.run.fabric.world_size) if other != rank}
+        store, rank = (PrefixStore("laser", distributed_c10d._get_default_store()),
+                       self.run.fabric.global_rank)
+        seen = {other: ("", time.monotonic())
+                for other in range(self.run.fabric.world_size) if other != rank}
         beats = 0
         while not self.done.wait(self.every):
             beats += 1
@@ -790,11 +919,12 @@ class Heartbeat:
                 for other, (count, _) in seen.items():
                     now = store.get(str(other)) if store.check([str(other)]) else ""
                     if now != count or now == b"done": seen[other] = now, time.monotonic()
-            except RuntimeError: pass                       # the process that keeps the store is gone: all are silent
+            # the process that keeps the store is gone: all are silent
+            except RuntimeError: pass
             for other, (_, when) in seen.items():
                 if time.monotonic() - when > self.limit:
                     print(self.text(f"process {other}"), file=sys.stderr, flush=True)
-                    os._exit(1)                             # the main thread waits within a library
+                    os._exit(1)             # the main thread waits within a library
         try: store.set(str(rank), "done")
         except RuntimeError: pass
 
@@ -807,8 +937,10 @@ class Heartbeat:
     def __exit__(self, kind, error, trace):
         self.done.set()
         if self.run.several: self.thread.join(self.every)
-        gone = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|[Cc]onnection", str(error))
-        if self.run.several and isinstance(error, RuntimeError) and gone: raise LostProcess(self.text("another process")) from error
+        gone = (isinstance(error, torch.distributed.DistError)
+                or re.search("gloo|NCCL|[Cc]onnection", str(error)))
+        if self.run.several and isinstance(error, RuntimeError) and gone:
+            raise LostProcess(self.text("another process")) from error
 
 # %% ../nbs/10_training.ipynb #5b4d14ad
 @dataclass
@@ -825,40 +957,50 @@ class FitResult:
 # %% ../nbs/10_training.ipynb #b7e54f0a
 def fit(
     config: Config,                         # everything that decides the run
-    resume: Optional[str | Path] = None,    # run folder or checkpoint to go on from; "auto": the run in output_dir, if any; None: start anew
-    fabric=None,                            # a launched Fabric, where several runs share one; None: make and launch it
-    datasets: Optional[list[Images]] = None,  # training and validation set; None: those of config.data
+    # run folder or checkpoint to go on from; "auto": the run in output_dir, if any; None: new
+    resume: Optional[str | Path] = None,
+    # a launched Fabric, where several runs share one; None: make and launch it
+    fabric=None,
+    # training and validation set; None: those of config.data
+    datasets: Optional[list[Images]] = None,
 ) -> FitResult:
     """Train one model.
 
-    Raises `ValueError` for a configuration that cannot work, `FolderInUse` if another run works in its folder,
-    `NonFiniteLoss` if the loss diverges, `CheckpointError` if a checkpoint cannot be written, and `LostProcess` if another
-    process of the run dies. After Ctrl-C or SIGTERM it saves and returns with `finished=False`.
+    Raises `ValueError` for a configuration that cannot work, `FolderInUse` if another run works in
+    its folder, `NonFiniteLoss` if the loss diverges, `CheckpointError` if a checkpoint cannot be
+    written, and `LostProcess` if another process of the run dies. After Ctrl-C or SIGTERM it saves
+    and returns with `finished=False`.
     """
     check_config(config)
     config = absolute_paths(config)
     if fabric is None:
         fabric = make_fabric(config.train)
-        fabric.launch()                                     # starts the other processes, if there are any
-    config.output_dir = fabric.broadcast(config.output_dir) # one folder, whatever the clocks of other machines say
+        fabric.launch()                     # starts the other processes, if there are any
+    # one folder, whatever the clocks of other machines say
+    config.output_dir = fabric.broadcast(config.output_dir)
     folders = [config.output_dir] + [config.checkpoint.dirpath]*bool(config.checkpoint.dirpath)
-    with ExitStack() as claims:                             # no other run may write here
+    with ExitStack() as claims:             # no other run may write here
         first_for_all(fabric, lambda: [claims.enter_context(claim(folder)) for folder in folders])
         run = Run(config, fabric, datasets)
         claims.callback(run.close)
         if resume == "auto": resume = run.checkpoints.last and run.checkpoints.folder
         if resume: restore(run, find_checkpoint(resume))
         elif run.checkpoints.last:
-            raise FileExistsError(f"{run.folder} holds a run already: set train.resume={run.folder} to go on with it, "
+            raise FileExistsError(f"{run.folder} holds a run already: "
+                                  f"set train.resume={run.folder} to go on with it, "
                                   "or output_dir to another folder")
-        if run.is_first: run.checkpoints.clean()            # what a kill has left
+        if run.is_first: run.checkpoints.clean()        # what a kill has left
         if run.finished and run.is_first:
-            print(f"{run.folder} is finished: {run.at.epoch} epochs, {run.at.step:,} steps. Give it more with train.max_epochs=..., "
-                  "or start another run with another output_dir")
-        with Heartbeat(run), run.stop, Loggers(run.folder, config, run.at.step, active=run.is_first) as logs: train_epochs(run, logs)
+            print(f"{run.folder} is finished: {run.at.epoch} epochs, {run.at.step:,} steps. "
+                  "Give it more with train.max_epochs=..., or start another run with another "
+                  "output_dir")
+        with (Heartbeat(run), run.stop,
+              Loggers(run.folder, config, run.at.step, active=run.is_first) as logs):
+            train_epochs(run, logs)
         if run.stopped and run.is_first:
-            print(f"Interrupted at step {run.at.step:,} of {run.total_steps:,}, in epoch {run.at.epoch + 1}. "
-                  f"Saved {run.checkpoints.folder/run.checkpoints.last}\nGo on with: {run.resume_with}")
+            print(f"Interrupted at step {run.at.step:,} of {run.total_steps:,}, in epoch "
+                  f"{run.at.epoch + 1}. Saved {run.checkpoints.folder/run.checkpoints.last}\n"
+                  f"Go on with: {run.resume_with}")
         if not run.stopped: first_for_all(fabric, lambda: add_tables(run))
     names = fabric.broadcast((run.checkpoints.best, run.checkpoints.last))
     best, last = (run.checkpoints.folder/name if name else None for name in names)
@@ -871,32 +1013,38 @@ def train_epochs(
 ) -> None:
     "Train until the run is finished or asked to stop."
     t, at = run.config.train, run.at
-    look_every = 1 if run.device.type == "cpu" else t.log_every_n_steps          # on a GPU a look at the loss costs a wait
-    with progress_bar(t.progress and run.is_first, run.total_steps, at.step, run.config.model.type) as bar:
+    # on a GPU a look at the loss costs a wait
+    look_every = 1 if run.device.type == "cpu" else t.log_every_n_steps
+    with progress_bar(t.progress and run.is_first, run.total_steps, at.step,
+                      run.config.model.type) as bar:
         while not run.finished:
             run.model.train()
             run.loader.batch_sampler.set_epoch(at.epoch, at.batch)
             run.began = tick = start = time.perf_counter()
             images, waited = 0, 0.0
-            for x in run.loader:                                                 # x uint8 [B, 3, H, W]
-                waited += time.perf_counter() - tick                             # how long the loop stood still for data
+            for x in run.loader:                            # x uint8 [B, 3, H, W]
+                waited += time.perf_counter() - tick        # how long the loop stood still for data
                 updated = train_batch(run, x)
                 images += len(x)*run.fabric.world_size
                 if updated:
                     bar.update(1)
                     if at.step % look_every == 0:
                         look(run)
-                        now = dict(epoch=at.epoch + 1, step=at.step, loss=at.loss/at.batches, psnr=psnr_of_loss(at.mse/at.batches),
-                                   learning_rate=lr_now(run.optimizer), images_per_second=images/(time.perf_counter() - start))
+                        now = dict(epoch=at.epoch + 1, step=at.step, loss=at.loss/at.batches,
+                                   psnr=psnr_of_loss(at.mse/at.batches),
+                                   learning_rate=lr_now(run.optimizer),
+                                   images_per_second=images/(time.perf_counter() - start))
                         show(bar, run.config.model.type, now, t.max_epochs)
                         if at.step % t.log_every_n_steps == 0: logs.scalars("steps.csv", now)
                     every = run.config.checkpoint.every_n_steps
-                    if every and at.step % every == 0 and at.batch < run.batches and not run.stopped: look(run), save(run)
+                    if (every and at.step % every == 0 and at.batch < run.batches
+                        and not run.stopped): look(run), save(run)
                     if run.stopped or at.step >= run.total_steps: break
                 tick = time.perf_counter()
             seconds = time.perf_counter() - start
             look(run)
-            if run.stopped: return save(run)                                     # where we are: the rest of the epoch is for later
+            # where we are: the rest of the epoch is for later
+            if run.stopped: return save(run)
             end_epoch(run, logs, images, seconds, waited)
             if not bar.disable: bar.write(epoch_line(run.config.model.type, run.row, t.max_epochs))
 
@@ -911,24 +1059,32 @@ def evaluation_rows(
     fid=None,                # from `load_fid`
 ) -> list[dict]:  # one row, or two
     "Evaluate a model for a table."
-    own = getattr(model.bottleneck, "coefficient_bits", 0)          # 0: it has no coefficients that could be rounded
-    kind = "continuous coefficients" if continuous(model) else "levels" if own is None else f"{own} bits" if own else "none"
-    variants = [(kind, None)] + [(f"{bits} bits", bits)]*bool(own is None and continuous(model) and bits)
-    return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid)) for text, b in variants]
+    # 0: it has no coefficients that could be rounded
+    own = getattr(model.bottleneck, "coefficient_bits", 0)
+    kind = ("continuous coefficients" if continuous(model)
+            else "levels" if own is None else f"{own} bits" if own else "none")
+    variants = [(kind, None)] + (
+        [(f"{bits} bits", bits)]*bool(own is None and continuous(model) and bits))
+    return [dict(model=name, coefficients=text, **evaluate(model, loader, device, b, lpips, fid))
+            for text, b in variants]
 
 # %% ../nbs/10_training.ipynb #0141
-COLUMNS = dict(model=("model", ""), coefficients=("coefficients", ""), mse=("MSE", ".5f"), psnr=("PSNR (mean)", ".2f"),
-               psnr_of_mean_mse=("PSNR of mean MSE", ".2f"), ssim=("SSIM", ".4f"), lpips=("LPIPS", ".4f"), rfid=("rFID", ".2f"),
-               usage=("usage", ".1%"), perplexity=("perplexity", ".1f"), bits_per_pixel=("bits/pixel", ".4g"),
-               bits_per_pixel_ideal=("ideal bits/pixel", ".4g"),
-               bits_per_pixel_coded=("bits/pixel on disk", ".4g"), parameters=("parameters", ","),
-               images_per_second=("images/s", ".0f"))   # column -> its title and format
+# column -> its title and format
+COLUMNS = dict(
+    model=("model", ""), coefficients=("coefficients", ""), mse=("MSE", ".5f"),
+    psnr=("PSNR (mean)", ".2f"), psnr_of_mean_mse=("PSNR of mean MSE", ".2f"), ssim=("SSIM", ".4f"),
+    lpips=("LPIPS", ".4f"), rfid=("rFID", ".2f"), usage=("usage", ".1%"),
+    perplexity=("perplexity", ".1f"), bits_per_pixel=("bits/pixel", ".4g"),
+    bits_per_pixel_ideal=("ideal bits/pixel", ".4g"),
+    bits_per_pixel_coded=("bits/pixel on disk", ".4g"), parameters=("parameters", ","),
+    images_per_second=("images/s", ".0f"))
 
 def format_table(
     rows: list[dict],  # of `evaluation_rows`
 ) -> str:  # lines of equal columns
     "A table for a terminal; columns that no row has are left out."
     import pandas as pd
-    shown = [{title: format(row[c], style) if c in row else "" for c, (title, style) in COLUMNS.items()} for row in rows]
+    shown = [{title: format(row[c], style) if c in row else ""
+              for c, (title, style) in COLUMNS.items()} for row in rows]
     table = pd.DataFrame(shown)
     return table.loc[:, (table != "").any()].to_string(index=False)
