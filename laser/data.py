@@ -423,7 +423,7 @@ class SampleCrops(Images):
     def __init__(self,
         split: str = "train",         # "train", "val" or "test"
         size: int = 128,              # side of a crop in pixels; crops are not resized
-        limit: int | None = None,     # crops in an epoch; None: 1,024 for training, 64 otherwise
+        limit: int | None = None,     # crops in an epoch; None: 768 for training, 64 otherwise
         seed: int = 0,                # seed of the crops
     ):
         check_split(split)
@@ -435,7 +435,7 @@ class SampleCrops(Images):
             raise ValueError(f"crops of the {split} photographs can be "
                              f"1 to {smallest} pixels wide, not {size}")
         self.split, self.size, self.seed = split, size, seed
-        self.length = limit or (1024 if split == "train" else 64)
+        self.length = limit or (768 if split == "train" else 64)
         self.label = (f"built-in sample, {split}: crops of {len(self.photographs)} photograph(s), "
                       "to see that it works")
 

@@ -30,15 +30,19 @@ from .sparse_coding import SparseCode
 @dataclass
 class ModelOutput:
     "What `model(x)` returns."
-    reconstruction: torch.Tensor        # [B, 3, H, W]; in [0, 1] in eval mode, not clamped in training
+    # [B, 3, H, W]; in [0, 1] in eval mode, not clamped in training
+    reconstruction: torch.Tensor
     loss: torch.Tensor                  # []: reconstruction_loss + bottleneck_loss
-    codes: torch.Tensor | SparseCode    # over the grid of latents: [B, h, w], [B, h, w, n], or a SparseCode [B, h, w, S]
-    reconstruction_loss: torch.Tensor   # []: mean squared error on [-1, 1], 4 times the one on [0, 1]
+    # over the grid of latents: [B, h, w], [B, h, w, n], or a SparseCode [B, h, w, S]
+    codes: torch.Tensor | SparseCode
+    # []: mean squared error on [-1, 1], 4 times the one on [0, 1]
+    reconstruction_loss: torch.Tensor
     bottleneck_loss: torch.Tensor       # []: codebook or dictionary term + commitment
 
     def __repr__(self):
-        return (f"ModelOutput(reconstruction {list(self.reconstruction.shape)}, loss {float(self.loss):.4g} = "
-                f"{float(self.reconstruction_loss):.4g} + {float(self.bottleneck_loss):.4g})")
+        return (f"ModelOutput(reconstruction {list(self.reconstruction.shape)}, "
+                f"loss {self.loss.item():.4g} = {self.reconstruction_loss.item():.4g} + "
+                f"{self.bottleneck_loss.item():.4g})")
 
 torch.export.register_dataclass(ModelOutput, serialized_type_name="laser.models.ModelOutput")
 
@@ -57,8 +61,9 @@ def check_images(
     if h % divisor or w % divisor or not h*w:
         down = [max(s//divisor, 1)*divisor for s in (h, w)]
         up = [-(-max(s, 1)//divisor)*divisor for s in (h, w)]
-        raise ValueError(f"image sides must be divisible by {divisor} (downsampling factor times patch size), but they "
-                         f"are {h}x{w}: crop to {down[0]}x{down[1]} or pad to {up[0]}x{up[1]}")
+        raise ValueError(f"image sides must be divisible by {divisor} "
+                         f"(downsampling factor times patch size), but they are {h}x{w}: "
+                         f"crop to {down[0]}x{down[1]} or pad to {up[0]}x{up[1]}")
 
 # %% ../nbs/06_models.ipynb #b792400c
 def range_note(
@@ -66,14 +71,17 @@ def range_note(
     value_range: tuple[float, float] = (0.0, 1.0),  # least and largest value allowed
     what: str = "images",     # what they are, for the note
 ) -> str:  # empty where all is well
-    "What is wrong with the values of images (not finite, or out of range by more than 1e-5) and how to mend it."
+    """What is wrong with the values of images (not finite, or out of range by more than 1e-5) and
+    how to mend it."""
     if not x.numel(): return ""
     least, largest = (v.item() for v in x.detach().aminmax())
     if not (math.isfinite(least) and math.isfinite(largest)):
-        return f"the {what} contain NaN or infinite values: look for the model or file that made them"
+        return (f"the {what} contain NaN or infinite values: "
+                "look for the model or file that made them")
     if value_range[0] - 1e-5 <= least and largest <= value_range[1] + 1e-5: return ""
-    return (f"the {what} lie in [{least:.4g}, {largest:.4g}], outside {list(value_range)}: divide [0, 255] by 255, map [-1, 1] "
-            "to [0, 1] with (x + 1)/2, and clamp reconstructions with x.clamp(0, 1)")
+    return (f"the {what} lie in [{least:.4g}, {largest:.4g}], outside {list(value_range)}: "
+            "divide [0, 255] by 255, map [-1, 1] to [0, 1] with (x + 1)/2, "
+            "and clamp reconstructions with x.clamp(0, 1)")
 
 # %% ../nbs/06_models.ipynb #0023
 def read_json(
@@ -85,9 +93,11 @@ def read_json(
     try:
         if path.stat().st_size > most: raise ValueError(f"it has {path.stat().st_size:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict): raise ValueError(f"it should hold a JSON object, not {type(values).__name__}")
+        if not isinstance(values, dict):
+            raise ValueError(f"it should hold a JSON object, not {type(values).__name__}")
         return values
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): {advice}") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e}): {advice}") from e
 
 # %% ../nbs/06_models.ipynb #0026
 DIGESTS = "SHA256SUMS"
@@ -98,8 +108,10 @@ def write_digests(
     *names: str,   # of them; none: all
 ) -> None:
     "Note the SHA-256 of files of a folder in its file SHA256SUMS."
-    files = [folder/name for name in names] or [p for p in folder.iterdir() if p.is_file() and p.name != DIGESTS]
-    (folder/DIGESTS).write_text("".join(f"{_digest(p)}  {p.name}\n" for p in sorted(files)), encoding="utf-8")
+    files = [folder/name for name in names] or [
+        p for p in folder.iterdir() if p.is_file() and p.name != DIGESTS]
+    (folder/DIGESTS).write_text("".join(f"{_digest(p)}  {p.name}\n" for p in sorted(files)),
+                                encoding="utf-8")
 
 def _digest(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -109,15 +121,17 @@ def check_digests(
     folder: Path,  # a checkpoint, or a saved model
     *names: str,   # files in it that will be read
 ) -> None:
-    "`ValueError` if a file is not what was written; a folder without SHA256SUMS (version 0.1.0) is taken as it is."
+    """`ValueError` if a file is not what was written; a folder without SHA256SUMS (version 0.1.0)
+    is taken as it is."""
     sums = folder/DIGESTS
     if not sums.is_file(): return
     lines = sums.read_bytes()[:1 << 20].decode("utf-8", "replace").splitlines()
     known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in names:
         if known.get(name) != _digest(folder/name):
-            raise ValueError(f"{folder/name} is damaged: its SHA-256 is not the one in {DIGESTS}. Use a copy or another "
-                             f"checkpoint; if you changed the file yourself, delete {sums}")
+            raise ValueError(f"{folder/name} is damaged: its SHA-256 is not the one in {DIGESTS}. "
+                             f"Use a copy or another checkpoint; "
+                             f"if you changed the file yourself, delete {sums}")
 
 # %% ../nbs/06_models.ipynb #0012
 CONFIG_NAME, WEIGHTS_NAME, LARGE = "config.json", "model.safetensors", ".large"
@@ -130,11 +144,13 @@ def read_config(
     path = Path(folder)/CONFIG_NAME
     if not path.is_file():
         what = "has no config.json" if Path(folder).is_dir() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}: a saved model is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
-                                "such as save_pretrained or a training run's checkpoints/best makes")
+        raise FileNotFoundError(f"{folder} {what}: a saved model is a folder with {CONFIG_NAME} "
+                                f"and {WEIGHTS_NAME}, such as save_pretrained or a training run's "
+                                "checkpoints/best makes")
     config = read_json(path, "use a copy, or another checkpoint")
     old = {"VQVAE": "vq", "DLVAE": "dl"}      # how version 0.1 named what it saved
-    if "bottleneck" not in config and "own" not in config: config["bottleneck"] = old.get(config.get("model"), config.get("model"))
+    if "bottleneck" not in config and "own" not in config:
+        config["bottleneck"] = old.get(config.get("model"), config.get("model"))
     if "own" not in config: config.setdefault("linear_path", False)   # which no network had then
     return config
 
@@ -143,15 +159,20 @@ SHIPPED = Path(laser.__path__[0])/"pretrained"   # models that come with the pac
 
 def fetch_model(
     place: str | Path,  # a folder, a name in `list_pretrained`, or a name on the Hugging Face Hub
-    revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None,  # on the Hub
+    revision: str | None = None,  # on the Hub: branch, tag or commit
+    token: str | None = None,  # on the Hub: for private models
+    cache_dir: str | Path | None = None,  # on the Hub: where files are kept
 ) -> Path:
     "The folder of a saved model, fetched from the Hub where it is a name there."
     text = str(place)
-    if not os.path.exists(text) and os.sep not in text and (SHIPPED/text/CONFIG_NAME).is_file(): return SHIPPED/text
-    if Path(text).expanduser().is_dir() or text.count("/") != 1 or text.startswith((".", "/", "~")) or os.path.exists(text):
+    if (not os.path.exists(text) and os.sep not in text
+        and (SHIPPED/text/CONFIG_NAME).is_file()): return SHIPPED/text
+    if (Path(text).expanduser().is_dir() or text.count("/") != 1
+        or text.startswith((".", "/", "~")) or os.path.exists(text)):
         return Path(text).expanduser()
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(text, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, DIGESTS]))
+    return Path(snapshot_download(text, revision=revision, token=token, cache_dir=cache_dir,
+                                  allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, DIGESTS]))
 
 # %% ../nbs/06_models.ipynb #0016
 def weight_differences(
@@ -159,11 +180,13 @@ def weight_differences(
     theirs: dict,  # name -> shape, of the file
 ) -> str:  # empty if they agree
     "Names and shapes in which two sets of weights differ, as one sentence."
-    def listed(names): return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    def listed(names):
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    shapes = [f"{k} (file {list(theirs[k])}, model {list(ours[k])})" for k in sorted(ours.keys() & theirs.keys())
-              if tuple(ours[k]) != tuple(theirs[k])]
-    parts = [("missing from the file: ", missing), ("only in the file: ", extra), ("of another shape: ", shapes)]
+    shapes = [f"{k} (file {list(theirs[k])}, model {list(ours[k])})"
+              for k in sorted(ours.keys() & theirs.keys()) if tuple(ours[k]) != tuple(theirs[k])]
+    parts = [("missing from the file: ", missing), ("only in the file: ", extra),
+             ("of another shape: ", shapes)]
     return "; ".join(text + listed(names) for text, names in parts if names)
 
 # %% ../nbs/06_models.ipynb #3a346d77
@@ -177,19 +200,27 @@ def read_weights(
         with open(file, "rb") as f: header = int.from_bytes(f.read(8), "little")
         if header > most: raise ValueError(f"its header has {header:,} bytes")
         weights = load_file(file, device="cpu")
-        for name in [name for name in weights if name.endswith(LARGE)]:      # integers beyond 16 bits: place, value
+        # integers beyond 16 bits: place, value
+        for name in [name for name in weights if name.endswith(LARGE)]:
             places, values = weights.pop(name).long().unbind(1)
             whole = weights[name.removesuffix(LARGE)].long()
-            weights[name.removesuffix(LARGE)] = whole.flatten().index_copy(0, places, values).view(whole.shape)
-        bad = [name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
+            weights[name.removesuffix(LARGE)] = (
+                whole.flatten().index_copy(0, places, values).view(whole.shape))
+        bad = [name for name, w in weights.items()
+               if w.is_floating_point() and not w.isfinite().all()]
         if bad: raise ValueError(f"{bad[0]} holds NaN or infinity")
-    except FileNotFoundError: raise FileNotFoundError(f"{file.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}") from None
-    except Exception as e: raise ValueError(f"{file} is not a readable safetensors file ({e}); use a copy, or another checkpoint") from e
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}") from None
+    except Exception as e:
+        raise ValueError(f"{file} is not a readable safetensors file ({e}); "
+                         "use a copy, or another checkpoint") from e
     return weights
 
 # %% ../nbs/06_models.ipynb #3fc35f09
 class Allowance(TorchFunctionMode):
-    "`with Allowance(numbers):` `ValueError` as soon as more numbers than that are asked for in new tensors."
+    """`with Allowance(numbers):` `ValueError` as soon as more numbers than that are asked for in
+    new tensors."""
     makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
     def __init__(self, numbers: int):
@@ -198,26 +229,32 @@ class Allowance(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self.makers:
-            shape = (kwargs or {}).get("size", args[0] if args and isinstance(args[0], (tuple, list)) else [a for a in args if isinstance(a, int)])
+            shape = (kwargs or {}).get(
+                "size", args[0] if args and isinstance(args[0], (tuple, list))
+                        else [a for a in args if isinstance(a, int)])
             self.left -= max(math.prod(shape), 1000)   # the smallest takes time too
-            if self.left < 0: raise ValueError("it asks for far more numbers than its weights file holds")
+            if self.left < 0:
+                raise ValueError("it asks for far more numbers than its weights file holds")
         return function(*args, **(kwargs or {}))
 
 # %% ../nbs/06_models.ipynb #f976a1d3
-class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license="mit", pipeline_tag="image-to-image",
-                  repo_url="https://github.com/laser-developers/laser", tags=["autoencoder", "image-reconstruction"]):
+class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license="mit",
+                  pipeline_tag="image-to-image",
+                  repo_url="https://github.com/laser-developers/laser",
+                  tags=["autoencoder", "image-reconstruction"]):
     """Encoder, 1x1 convolution, bottleneck, 3x3 convolution, decoder.
 
     `ValueError` or `TypeError` for an option that the networks or the bottleneck do not take.
     """
     looked = False  # at the values of the first images, once
-    __call__: Callable[..., ModelOutput]
+    __call__: Callable[..., ModelOutput]   # what type checkers see; nn.Module says Any
 
     def __init__(
         self,
         bottleneck: str | Bottleneck = "vq",  # registered name, or a bottleneck
         *,
-        encoder: nn.Module | None = None,  # images on [-1, 1] to [B, embedding_dim, H/f, W/f]; None: `Encoder`
+        # images on [-1, 1] to [B, embedding_dim, H/f, W/f]; None: `Encoder`
+        encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,  # and back; None: `Decoder`
         in_channels: int = 3,  # channels of the image
         num_hiddens: int = 128,  # width of encoder and decoder
@@ -228,28 +265,39 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         **options,  # of the bottleneck: see `model_options(name)`
     ):
         super().__init__()
-        if (encoder is None) != (decoder is None): raise ValueError("give encoder and decoder together, or neither")
+        if (encoder is None) != (decoder is None):
+            raise ValueError("give encoder and decoder together, or neither")
         given = locals()
         networks = {k: o.check(k, given[k]) for k, o in network_options().items()}
         if isinstance(bottleneck, nn.Module):
-            if options: raise ValueError(f"a bottleneck that is built already takes no options, got {', '.join(options)}")
+            if options:
+                raise ValueError("a bottleneck that is built already takes no options, "
+                                 f"got {', '.join(options)}")
             self.bottleneck = bottleneck
         else:
             self.bottleneck = make_bottleneck(bottleneck, **options)
-            options = {k: bottleneck_options(bottleneck)[k].check(k, v) for k, v in options.items()}      # as JSON holds them
+            options = {k: bottleneck_options(bottleneck)[k].check(k, v)      # as JSON holds them
+                       for k, v in options.items()}
         self.options = dict(options, **networks)
         D = self.bottleneck.embedding_dim
         self.encoder = Encoder(**networks) if encoder is None else encoder
-        self.pre_bottleneck = nn.Conv2d(networks["num_hiddens"], D, 1) if encoder is None else nn.Identity()
-        self.post_bottleneck = nn.Conv2d(D, networks["num_hiddens"], 3, padding=1) if decoder is None else nn.Identity()
-        self.decoder = Decoder(networks.pop("in_channels"), **networks) if decoder is None else decoder
-        if encoder is None and linear_path:      # then the whole model begins as a transform, its codes, and the inverse
+        self.pre_bottleneck = (nn.Conv2d(networks["num_hiddens"], D, 1)
+                               if encoder is None else nn.Identity())
+        self.post_bottleneck = (nn.Conv2d(D, networks["num_hiddens"], 3, padding=1)
+                                if decoder is None else nn.Identity())
+        self.decoder = (Decoder(networks.pop("in_channels"), **networks)
+                        if decoder is None else decoder)
+        # then the whole model begins as a transform, its codes, and the inverse
+        if encoder is None and linear_path:
             for conv in (self.pre_bottleneck, self.post_bottleneck):
                 nn.init.dirac_(conv.weight)
                 nn.init.zeros_(conv.bias)
         self.in_channels, self.downsampling_factor = int(in_channels), int(downsampling_factor)
-        self.context = None   # a model of the codes that makes streams shorter: `laser.context.fit_context`
-        self.own = [name for name, part in dict(encoder=encoder, decoder=decoder, bottleneck=bottleneck).items() if isinstance(part, nn.Module)]
+        # a model of the codes that makes streams shorter: `laser.context.fit_context`
+        self.context = None
+        self.own = [name for name, part in dict(encoder=encoder, decoder=decoder,
+                                                bottleneck=bottleneck).items()
+                    if isinstance(part, nn.Module)]
 
     @property
     def divisor(self) -> int:
@@ -264,9 +312,11 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
             if note := range_note(x): warnings.warn(note, stacklevel=2)
         h = self.encoder(2*x - 1)                         # [B, C, H/f, W/f]
         z = self.pre_bottleneck(h)                        # [B, D, H/f, W/f]
-        if self.own and tuple(z.shape[2:]) != tuple(s//self.downsampling_factor for s in x.shape[2:]):
-            raise ValueError(f"the encoder made {list(z.shape)} of {list(x.shape)}, which is not downsampling_factor="
-                             f"{self.downsampling_factor}; say what it is")
+        if self.own and tuple(z.shape[2:]) != tuple(
+                s//self.downsampling_factor for s in x.shape[2:]):
+            raise ValueError(f"the encoder made {list(z.shape)} of {list(x.shape)}, "
+                             f"which is not downsampling_factor={self.downsampling_factor}; "
+                             "say what it is")
         return z
 
     def synthesize(self, quantized: torch.Tensor) -> torch.Tensor:  # quantized [B, D, H/f, W/f]
@@ -279,8 +329,6 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
         "From [-1, 1] to [0, 1]; clamped in eval mode, where a picture is wanted, not a gradient."
         x = (y + 1)/2
         return x if self.training else x.clamp(0, 1)      # [B, 3, H, W]
-
-    __call__: Callable[[torch.Tensor], ModelOutput]       # what type checkers see; nn.Module says Any
 
     def forward(self, x: torch.Tensor) -> ModelOutput:    # x [B, 3, H, W] in [0, 1]
         b = self.bottleneck(self.latents(x))              # quantized [B, D, H/f, W/f]
@@ -298,83 +346,112 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
 
     def compress(
         self,
-        images: torch.Tensor | list[torch.Tensor],  # [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes; any size
-        rate_weight: float | None = None,  # squared error that one bit is worth; None: the bottleneck's own
+        # [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes; any size
+        images: torch.Tensor | list[torch.Tensor],
+        # squared error that one bit is worth; None: the bottleneck's own
+        rate_weight: float | None = None,
     ) -> list[bytes]:
-        "One stream an image: see [11_codec](11_codec.ipynb). `ValueError` without a finite alphabet or fitted tables."
+        """One stream an image: see [11_codec](11_codec.ipynb). `ValueError` without a finite
+        alphabet or fitted tables."""
         from laser.codec import compress
         return compress(self, images, rate_weight)
 
     def decompress(self, streams: list[bytes]) -> torch.Tensor | list[torch.Tensor]:
-        "Streams to images [B, 3, H, W], or a list of [3, H, W] where sizes differ. `ValueError` for a damaged or foreign one."
+        """Streams to images [B, 3, H, W], or a list of [3, H, W] where sizes differ. `ValueError`
+        for a damaged or foreign one."""
         from laser.codec import decompress
         return decompress(self, streams)
 
     def bits_per_pixel(self) -> float:
-        "Nominal bits for one pixel: those of one code over the pixels it stands for; no entropy coding."
+        """Nominal bits for one pixel: those of one code over the pixels it stands for; no entropy
+        coding."""
         return self.bottleneck.bits_per_code()/self.divisor**2
 
     @torch.no_grad()
     def fit_tables(
         self,
-        images: torch.Tensor | Iterable[torch.Tensor],  # training images [B, 3, H, W] in [0, 1], or batches of them
-        rate_weights: Iterable[float] | None = None,  # rate points to fit tables for; None: the bottleneck's own `rate_weight`
+        # training images [B, 3, H, W] in [0, 1], or batches of them
+        images: torch.Tensor | Iterable[torch.Tensor],
+        # rate points to fit tables for; None: the bottleneck's own `rate_weight`
+        rate_weights: Iterable[float] | None = None,
         rounds: int = 3,  # of coding and counting, where codes are chosen by the tables' own bits
     ) -> None:
-        "Take the bottleneck's probability tables from the codes of training images. `ValueError` where codes have no alphabet."
-        batches, bottleneck, training = [images] if torch.is_tensor(images) else images, self.bottleneck, self.training
+        """Take the bottleneck's probability tables from the codes of training images. `ValueError`
+        where codes have no alphabet."""
+        batches, bottleneck, training = (
+            [images] if torch.is_tensor(images) else images, self.bottleneck, self.training)
         own = bottleneck.rate_weight
         try:
             self.eval()
             for bottleneck.rate_weight in ([own] if rate_weights is None else rate_weights):
-                if bottleneck.table_counts.shape[1] != sum(bottleneck.table_sizes()):      # of another alphabet
-                    bottleneck.rate_points, bottleneck.table_counts = bottleneck.rate_points[:0], bottleneck.table_counts[:0]
+                # of another alphabet
+                if bottleneck.table_counts.shape[1] != sum(bottleneck.table_sizes()):
+                    bottleneck.rate_points, bottleneck.table_counts = (
+                        bottleneck.rate_points[:0], bottleneck.table_counts[:0])
                 for _ in range(rounds if bottleneck.rate_weight else 1):
-                    bottleneck.fit_tables(sum(bottleneck.count_symbols(self.encode(x)) for x in batches))
+                    bottleneck.fit_tables(sum(
+                        bottleneck.count_symbols(self.encode(x)) for x in batches))
         finally:
             bottleneck.rate_weight = own
             self.train(training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.own: config = dict(own=self.own, bottleneck=self.bottleneck.name, **self.options)
-        else: config = dict(bottleneck=self.bottleneck.name, **{k: self.options.get(k, o.default) for k, o in model_options(self.bottleneck.name).items()})
+        else:
+            config = dict(bottleneck=self.bottleneck.name,
+                          **{k: self.options.get(k, o.default)
+                             for k, o in model_options(self.bottleneck.name).items()})
         super()._save_pretrained(save_directory)
-        (save_directory/CONFIG_NAME).write_text(json.dumps(dict(laser_version=laser.__version__, **config), indent=2) + "\n", encoding="utf-8")
+        (save_directory/CONFIG_NAME).write_text(
+            json.dumps(dict(laser_version=laser.__version__, **config), indent=2) + "\n",
+            encoding="utf-8")
         write_digests(save_directory, CONFIG_NAME, WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(
         cls,
-        place: str | Path,  # a folder that `save_pretrained` wrote, or a name on the Hugging Face Hub
+        # a folder that `save_pretrained` wrote, or a name on the Hugging Face Hub
+        place: str | Path,
         *,
         map_location: str | torch.device = "cpu",  # device of the model
         revision: str | None = None,  # on the Hub: branch, tag or commit
         token: str | None = None,  # on the Hub: for private models
         cache_dir: str | Path | None = None,  # on the Hub: where files are kept
-        **changes,  # options that replace the saved ones, or encoder, decoder and bottleneck of one's own
+        # options that replace the saved ones, or encoder, decoder and bottleneck of one's own
+        **changes,
     ) -> "Autoencoder":
-        "A saved model, in eval mode. Raises where anything differs; nothing that a file says is imported or run."
+        """A saved model, in eval mode. Raises where anything differs; nothing that a file says is
+        imported or run."""
         folder = fetch_model(place, revision, token, cache_dir)
-        config = {k: v for k, v in read_config(folder).items() if k not in ("laser_version", "model")}
+        config = {k: v for k, v in read_config(folder).items()
+                  if k not in ("laser_version", "model")}
         own, name = config.pop("own", []), config.pop("bottleneck")
         weights = read_weights(folder/WEIGHTS_NAME)
         check_digests(folder, CONFIG_NAME, WEIGHTS_NAME)
         if missing := [part for part in own if part not in changes]:
-            raise ValueError(f"{place} was saved with {', '.join(own)} of its own: load it with the same modules, "
-                             f"from_pretrained(folder, {', '.join(f'{part}=...' for part in missing)})")
-        if cls.kind not in (None, name): raise ValueError(f"{place} holds a model with bottleneck {name!r}, not a {cls.__name__}; load_pretrained(folder) picks the class by itself")
+            raise ValueError(f"{place} was saved with {', '.join(own)} of its own: "
+                             "load it with the same modules, from_pretrained(folder, "
+                             f"{', '.join(f'{part}=...' for part in missing)})")
+        if cls.kind not in (None, name):
+            raise ValueError(f"{place} holds a model with bottleneck {name!r}, "
+                             f"not a {cls.__name__}; load_pretrained(folder) picks the class by "
+                             "itself")
         options = config | changes
         if cls.kind is None: options.setdefault("bottleneck", name)
         try:
-            with Allowance(4*sum(w.numel() for w in weights.values()) + 10_000_000): model = cls(**options)
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e: raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
-        if numbers := {k.removeprefix("context."): v for k, v in weights.items() if k.startswith("context.")}:
+            with Allowance(4*sum(w.numel() for w in weights.values()) + 10_000_000):
+                model = cls(**options)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
+        if numbers := {k.removeprefix("context."): v for k, v in weights.items()
+                       if k.startswith("context.")}:
             from laser.context import ContextModel
             model.context = ContextModel(numbers)
         later = {f"bottleneck.{b}" for b in model.bottleneck.later_buffers}
         shapes = lambda weights: {k: v.shape for k, v in weights.items() if k not in later}
         if differs := weight_differences(shapes(model.state_dict()), shapes(weights)):
-            raise ValueError(f"{place} does not fit its own configuration or the changes asked for. Weights {differs}")
+            raise ValueError(f"{place} does not fit its own configuration or the changes asked "
+                             f"for. Weights {differs}")
         model.load_state_dict(weights)
         return model.to(map_location).eval()
 
@@ -383,7 +460,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
 # %% ../nbs/06_models.ipynb #6690d7b6
 def network_options() -> dict[str, Option]:
     "The options of encoder and decoder."
-    return {k: o for k, o in signature_options(Autoencoder).items() if k not in ("bottleneck", "encoder", "decoder")}
+    return {k: o for k, o in signature_options(Autoencoder).items()
+            if k not in ("bottleneck", "encoder", "decoder")}
 
 def model_options(
     bottleneck: str,  # registered name
@@ -401,30 +479,38 @@ def _short(cls):
 # %% ../nbs/06_models.ipynb #b51416c3
 @_short
 class VQVAE(Autoencoder):
-    "Autoencoder that codes each latent vector as the index of one codebook entry: `Autoencoder(\"vq\")`."
+    """Autoencoder that codes each latent vector as the index of one codebook entry:
+    `Autoencoder("vq")`."""
     kind = "vq"
     def __init__(self, **options): super().__init__(self.kind, **options)
 
 # %% ../nbs/06_models.ipynb #1f2a75d0
 @_short
 class DLVAE(Autoencoder):
-    "Autoencoder that codes each latent vector (or patch of them) as a sparse sum of dictionary atoms: `Autoencoder(\"dl\")`."
+    """Autoencoder that codes each latent vector (or patch of them) as a sparse sum of dictionary
+    atoms: `Autoencoder("dl")`."""
     kind = "dl"
     def __init__(self, **options): super().__init__(self.kind, **options)
 
 # %% ../nbs/06_models.ipynb #0047
 def load_pretrained(
-    folder: str | Path,  # written by `save_pretrained`, a checkpoint of a training run, or a name in `list_pretrained()`
+    # written by `save_pretrained`, a checkpoint of a training run, or a name in `list_pretrained()`
+    folder: str | Path,
     **modules,  # encoder, decoder, bottleneck of one's own, where it was saved with such
 ) -> Autoencoder:  # in eval mode; a VQVAE or DLVAE where it has such a bottleneck
     "Load a saved model, whatever its bottleneck."
     name = read_config(fetch_model(folder))["bottleneck"]
-    return next((c for c in (VQVAE, DLVAE) if c.kind == name and not modules), Autoencoder).from_pretrained(folder, **modules)
+    return next((c for c in (VQVAE, DLVAE) if c.kind == name and not modules),
+                Autoencoder).from_pretrained(folder, **modules)
 
 # %% ../nbs/06_models.ipynb #a21f1617
-def list_pretrained() -> dict[str, list[dict]]:  # name -> its results: rate_weight, bits_per_pixel (coded), psnr (dB), ...
+def list_pretrained(
+# name -> its results: rate_weight, bits_per_pixel (coded), psnr (dB), ...
+) -> dict[str, list[dict]]:
     "The models that come with the package, and what they reach on CelebA's test partition."
-    return {file.parent.name: read_json(file, "install the package again")["results"] for file in sorted(SHIPPED.glob("*/results.json"))}
+    return {file.parent.name: read_json(file, "install the package again")["results"]
+            for file in sorted(SHIPPED.glob("*/results.json"))}
 
 # %% ../nbs/06_models.ipynb #a8d98343
-MODELS = dict(vqvae="vq", dlvae="dl", rvqvae="rvq", gsvqvae="gsvq", pqvae="pq", fsqvae="fsq", ae="none")
+MODELS = dict(vqvae="vq", dlvae="dl", rvqvae="rvq", gsvqvae="gsvq", pqvae="pq", fsqvae="fsq",
+              ae="none")
