@@ -512,7 +512,7 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
 _pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 def _spread(work, rows, least):
-    "Call work(lo, hi) for parts of the rows: as many as torch has threads, of `least` rows or more."
+    "Call work(lo, hi) for parts of the rows: as many as torch has threads, of `least` rows and up."
     threads = torch.get_num_threads()
     parts = 1 if forked.is_set() else max(1, min(threads, os.cpu_count(), rows // least))
     if parts == 1: return work(0, rows)
