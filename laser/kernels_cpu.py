@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from .pursuit import check_problem, compare_supports, correlation_floor, eligible_norm, pursuit
 from .sparse_coding import forked, no_autocast, omp_torch
 
-# %% ../nbs/30_kernels_cpu.ipynb #e7662844
+# %% ../nbs/30_kernels_cpu.ipynb #c465c4e1
 _options = dict(nogil=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "reassoc"})
 _inline = njit(**_options, inline="always")
 
+# %% ../nbs/30_kernels_cpu.ipynb #e7662844
 class _Cache(FunctionCache):
     "Numba's cache on disk, done without where it fails."
     warned = False
@@ -54,7 +55,8 @@ def _jit(function, **options):
 def _magnitude(x): "The bits of |x| read as an integer, which orders as |x| does."
 @overload(_magnitude)
 def _magnitude_of(x):
-    if x == types.float32: return lambda x: np.int32(np.float32(x).view(np.int32) & np.int32(0x7FFFFFFF))
+    if x == types.float32:
+        return lambda x: np.int32(np.float32(x).view(np.int32) & np.int32(0x7FFFFFFF))
     return lambda x: np.float64(x).view(np.int64) & np.int64(0x7FFFFFFFFFFFFFFF)
 
 def _ordered(x): "The bits of x as an integer that orders as x does."
@@ -81,7 +83,7 @@ def _peak(c):
 # %% ../nbs/30_kernels_cpu.ipynb #29801163
 @_inline
 def _find(c, top):
-    "First i with magnitude `top`. Two vector passes, peak and find, beat one that carries the index along."
+    "First i with magnitude `top`. Two vector passes beat one that carries the index along."
     first = np.int32(len(c) - 1)
     for i in range(np.int32(len(c))):
         first = min(first, np.int32(i) if _magnitude(c[i]) == top else np.int32(0x7FFFFFFF))
@@ -113,8 +115,9 @@ def _energy(x, b):
 # %% ../nbs/30_kernels_cpu.ipynb #90566ac2
 @_inline
 def _advance(gram, support, n, k, correlation, inverse, overlap, coefficient, step):
-    """Atom k becomes number n of the support: a row more in the inverse of L, and the coefficients move by `step`.
-    Returns rho^2, alpha, the length of the move, and the squared norms of the new row of the inverse and of the coefficients."""
+    """Atom k becomes number n of the support: the inverse of L grows a row; values move by `step`.
+    Returns rho^2, alpha, the length of the move, the squared norm of the new row of the inverse,
+    and that of the coefficients."""
     left = np.float64(gram[k, k])
     for i in range(n):
         s = 0.0
@@ -142,7 +145,7 @@ def _advance(gram, support, n, k, correlation, inverse, overlap, coefficient, st
 class _Limits(NamedTuple):
     "When to stop, and when to ask for more digits. Norms and scores are relative to |x|."
     floor: float     # a score up to this is the signal's own rounding
-    noise: float     # a correlation, or an entry of the Gram matrix, up to this is the arithmetic's rounding
+    noise: float     # rounding of the arithmetic, in a correlation or an entry of the Gram matrix
     eligible: float  # what is left of a usable atom, squared
     risky: float     # OMP flags an atom of which less is left, ORMP makes sure of it
     trust: float     # ORMP makes sure of every atom once rounding is amplified more than this
@@ -155,8 +158,11 @@ class _Limits(NamedTuple):
 def _limits(signals, arithmetic):
     "The limits for signals of one precision, computed in another."
     noise, eligible = correlation_floor(arithmetic), eligible_norm(signals)
-    risky, trust, stretch, *scale = (0.01, 256.0, 1000.0, 1e-24, 1e36) if arithmetic == torch.float32 else (1e-6, 1e7, 1e8, 1e-200, 1e200)
-    return _Limits(correlation_floor(signals), noise, eligible, risky, trust, stretch, 8 * noise, *scale)
+    risky, trust, stretch, *scale = ((0.01, 256.0, 1000.0, 1e-24, 1e36)
+                                     if arithmetic == torch.float32
+                                     else (1e-6, 1e7, 1e8, 1e-200, 1e200))
+    return _Limits(correlation_floor(signals), noise, eligible, risky, trust, stretch,
+                   8 * noise, *scale)
 
 # %% ../nbs/30_kernels_cpu.ipynb #49327e6f
 @_inline
@@ -171,7 +177,8 @@ def _store(b, n, support, coefficient, doubt, indices, values, doubtful):
 @_jit
 def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
-    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    work, small, support = (np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)),
+                            np.zeros(S + 3, np.int64))
     step, overlap, coefficient, inverse = work[-1], small[0], small[1], small[2:]
     for b in range(lo, hi):
         energy = _energy(signals, b)
@@ -189,11 +196,13 @@ def _omp_rows(signals, correlations, gram, tol, limits, indices, values, doubtfu
                 c[k] = 0
                 top = _peak(c)
                 continue
-            left, along, moved, _, _ = _advance(gram, support, n, k, np.float64(c[k]), inverse, overlap, coefficient, step)
+            left, along, moved, _, _ = _advance(gram, support, n, k, np.float64(c[k]),
+                                                inverse, overlap, coefficient, step)
             n += 1
             travelled += moved
             remaining -= along * along
-            doubt = left < limits.risky * gram[k, k] or travelled > 64 * norm or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
+            doubt = (left < limits.risky * gram[k, k] or travelled > 64 * norm
+                     or (tol > 0 and abs(remaining - tol) < limits.blur * energy))
             if n < S and not doubt: top = _subtract(c, gram, support, step, n)
         _store(b, n, support, coefficient, doubt, indices, values, doubtful)
 
@@ -213,7 +222,7 @@ def _combine(w, gram, k, a, n):
 @_inline
 def _move(c, left, score, w, along, gone, risky):
     """Move along the direction w, and return the peak of the scores.
-    An atom of which no more than `gone` is left scores zero; no more than `risky`, and its score counts twice."""
+    An atom of which no more than `gone` is left scores zero; up to `risky`: it counts twice."""
     top = _magnitude(gone - gone)
     for i in range(len(c)):
         r = c[i] - along * w[i]
@@ -230,7 +239,7 @@ def _move(c, left, score, w, along, gone, risky):
 # %% ../nbs/30_kernels_cpu.ipynb #3972ed0a
 @_inline
 def _rivals(c, left, least, error, shrink, gone):
-    "How many atoms could score `least`, if correlations are off by up to `error` and left by up to `shrink`."
+    "How many atoms could score `least`, if c is off by up to `error` and `left` by up to `shrink`."
     rivals = np.int32(0)
     for i in range(len(c)):
         r = abs(c[i]) + error
@@ -255,24 +264,34 @@ def _amplification(gram, support, n, i, inverse):
 # %% ../nbs/30_kernels_cpu.ipynb #0f8a0f33
 @njit(**_options)
 def _certain(c, left, k, gram, support, n, inverse, spread, size, noise, eligible):
-    "Is the score of atom k the largest, whatever rounding has done? spread: 1 + |L^-1|^2; size: root of |x|^2 + |a|^2. Marks the support in `left`."
+    """Is the score of atom k the largest, whatever rounding has done? Marks the support in `left`.
+    spread: 1 + |L^-1|^2; size: root of |x|^2 + |a|^2."""
     for j in range(n): left[support[j]] = -1  # no rivals
     grown = _amplification(gram, support, n, k, inverse)
     if left[k] - noise * grown <= eligible: return False
     least = max(abs(c[k]) - noise * np.sqrt(grown) * size, 0.0) ** 2 / (left[k] + noise * grown)
     real = c.dtype.type
-    if _rivals(c, left, real(least), real(noise * np.sqrt(spread) * size), real(noise * spread), real(eligible)) == 1: return True  # k itself
+    if _rivals(c, left, real(least), real(noise * np.sqrt(spread) * size), real(noise * spread),
+               real(eligible)) == 1:
+        return True  # k itself
     for i in range(len(c)):
-        if i != k and (abs(c[i]) + noise * np.sqrt(spread) * size) ** 2 >= least * (left[i] - noise * spread) and left[i] + noise * spread > eligible:
+        if (i != k
+                and (abs(c[i]) + noise * np.sqrt(spread) * size) ** 2
+                    >= least * (left[i] - noise * spread)
+                and left[i] + noise * spread > eligible):
             grown = _amplification(gram, support, n, i, inverse)
-            if (abs(c[i]) + noise * np.sqrt(grown) * size) ** 2 >= least * (left[i] - noise * grown) and left[i] + noise * grown > eligible: return False
+            if ((abs(c[i]) + noise * np.sqrt(grown) * size) ** 2
+                    >= least * (left[i] - noise * grown)
+                    and left[i] + noise * grown > eligible):
+                return False
     return True
 
 # %% ../nbs/30_kernels_cpu.ipynb #76842378
 @_jit
 def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful, lo, hi):
     (S, K), dtype = (indices.shape[1], len(gram)), gram.dtype
-    work, small, support = np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)), np.zeros(S + 3, np.int64)
+    work, small, support = (np.zeros((5, max(K, S + 3)), gram.dtype), np.zeros((S + 2, S)),
+                            np.zeros(S + 3, np.int64))
     left, score, w, diagonal = work[0, :K], work[1, :K], work[2, :K], work[3, :K]
     step, overlap, coefficient, inverse = work[-1], small[0], small[1], small[2:]
     gone, risky = dtype.type(limits.eligible), dtype.type(limits.risky)
@@ -295,18 +314,22 @@ def _ormp_rows(signals, correlations, gram, tol, limits, indices, values, doubtf
             if score[k] <= least: break
             if n > 0 and (spread * (energy + size2) > limits.trust * energy or left[k] <= risky):
                 doubled, size = left[k] <= risky, np.sqrt(energy + size2)
-                doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size, limits.noise, limits.eligible)
+                doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size,
+                                     limits.noise, limits.eligible)
                 if doubt and doubled:  # perhaps it is first because it counted twice
                     w[:] = 0
                     k = _find(score, _move(c, left, score, w, w[0], gone, gone))
-                    doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size, limits.noise, limits.eligible)
+                    doubt = not _certain(c, left, k, gram, support, n, inverse, spread, size,
+                                         limits.noise, limits.eligible)
             doubt |= abs(c[k]) <= limits.noise * norm
             if doubt: break
-            _, along, _, row2, size2 = _advance(gram, support, n, k, np.float64(c[k]), inverse, overlap, coefficient, step)
+            _, along, _, row2, size2 = _advance(gram, support, n, k, np.float64(c[k]),
+                                                inverse, overlap, coefficient, step)
             n += 1
             spread += row2
             remaining -= along * along
-            doubt = spread > limits.stretch or (tol > 0 and abs(remaining - tol) < limits.blur * energy)
+            doubt = (spread > limits.stretch
+                     or (tol > 0 and abs(remaining - tol) < limits.blur * energy))
             if n < S and not doubt:
                 for j in range(n): step[j] = inverse[n - 1, j]
                 _combine(w, gram, support, step, n)
@@ -326,7 +349,8 @@ def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful
         doubt = energy != 0 and not limits.lowest < energy < limits.highest
         c = correlations[b]
         while n < S and (remaining > tol or tol == 0) and not doubt:
-            for i in range(K): score[i] = abs(c[i]) if abs(c[i]) > threshold * norms[i] else dtype.type(0)
+            for i in range(K):
+                score[i] = abs(c[i]) if abs(c[i]) > threshold * norms[i] else dtype.type(0)
             for j in range(n): score[indices[b, j]] = 0
             top = _peak(score)
             if top == 0: break
@@ -344,8 +368,9 @@ def _mp_rows(signals, correlations, gram, tol, limits, indices, values, doubtful
         for j in range(n, S): indices[b, j], values[b, j] = -1, 0
 
 # %% ../nbs/30_kernels_cpu.ipynb #838a386a
-_L = 64                                                                     # lanes
-_Q, _TOP, _UNDER, _PICK = 4 * _L, 8 * _L, 9 * _L, 10 * _L                       # places in w; the residual is at 0
+_L = 64                                                # lanes
+# places in w; the residual is at 0
+_Q, _TOP, _UNDER, _PICK = 4 * _L, 8 * _L, 9 * _L, 10 * _L
 
 # %% ../nbs/30_kernels_cpu.ipynb #209d0809
 @_inline
@@ -355,8 +380,10 @@ def _lane_best(w, atoms):
         d0, d1, d2, d3 = atoms[k, 0], atoms[k, 1], atoms[k, 2], atoms[k, 3]
         e0, e1, e2, e3 = atoms[k + 1, 0], atoms[k + 1, 1], atoms[k + 1, 2], atoms[k + 1, 3]
         for l in range(_L):
-            r0, r1, r2, r3, top, pick = w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l], w[_TOP + l], w[_PICK + l]
-            a, b = abs(d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3), abs(e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3)
+            r0, r1, r2, r3, top, pick = (w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l],
+                                         w[_TOP + l], w[_PICK + l])
+            a, b = (abs(d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3),
+                    abs(e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3))
             pick = k if a > top else pick
             top = a if a > top else top
             w[_PICK + l] = k + 1 if b > top else pick
@@ -365,7 +392,8 @@ def _lane_best(w, atoms):
 # %% ../nbs/30_kernels_cpu.ipynb #31ea75d8
 @_inline
 def _lane_best_fraction(w, left, atoms, norms, n, gone):
-    "Where an atom has the largest correlation^2 / left so far, take it; the last direction is first taken out of `left`."
+    """Where an atom has the largest correlation^2 / left so far, take it;
+    the last direction is first taken out of `left`."""
     for k in range(0, len(atoms), 2):
         d0, d1, d2, d3 = atoms[k, 0], atoms[k, 1], atoms[k, 2], atoms[k, 3]
         e0, e1, e2, e3 = atoms[k + 1, 0], atoms[k + 1, 1], atoms[k + 1, 2], atoms[k + 1, 3]
@@ -373,7 +401,8 @@ def _lane_best_fraction(w, left, atoms, norms, n, gone):
         if n == 0:
             for l in range(_L): pair[l], pair[_L + l] = norms[k], norms[k + 1]
         for l in range(_L):
-            r0, r1, r2, r3, top, under, pick = w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l], w[_TOP + l], w[_UNDER + l], w[_PICK + l]
+            r0, r1, r2, r3, top, under, pick = (w[l], w[_L + l], w[2 * _L + l], w[3 * _L + l],
+                                                w[_TOP + l], w[_UNDER + l], w[_PICK + l])
             q0, q1, q2, q3 = w[_Q + l], w[_Q + _L + l], w[_Q + 2 * _L + l], w[_Q + 3 * _L + l]
             a, b = d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3, e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3
             s, t = d0 * q0 + d1 * q1 + d2 * q2 + d3 * q3, e0 * q0 + e1 * q1 + e2 * q2 + e3 * q3
@@ -381,7 +410,8 @@ def _lane_best_fraction(w, left, atoms, norms, n, gone):
             u, v, a, b = (u if u > gone else np.inf), (v if v > gone else np.inf), a * a, b * b
             pair[l], pair[_L + l] = u, v
             better = a * under > top * u
-            top, under, pick = (a if better else top), (u if better else under), (k if better else pick)
+            top, under, pick = ((a if better else top), (u if better else under),
+                                (k if better else pick))
             better = b * under > top * v
             w[_TOP + l] = b if better else top
             w[_UNDER + l] = v if better else under
@@ -391,8 +421,10 @@ def _lane_best_fraction(w, left, atoms, norms, n, gone):
 @_inline
 def _lane_dot(out, o, a, i, b, j):
     "out[o:] = <a[i:], b[j:]> in every lane."
-    for l in range(_L): out[o + l] = (a[i + l] * b[j + l] + a[i + _L + l] * b[j + _L + l]
-                                      + a[i + 2 * _L + l] * b[j + 2 * _L + l] + a[i + 3 * _L + l] * b[j + 3 * _L + l])
+    for l in range(_L):
+        out[o + l] = (a[i + l] * b[j + l] + a[i + _L + l] * b[j + _L + l]
+                      + a[i + 2 * _L + l] * b[j + 2 * _L + l]
+                      + a[i + 3 * _L + l] * b[j + 3 * _L + l])
 
 # %% ../nbs/30_kernels_cpu.ipynb #c47b99c6
 @_inline
@@ -404,11 +436,12 @@ def _lane_remove(a, i, dot, b, j):
 # %% ../nbs/30_kernels_cpu.ipynb #ad3ab660
 @_jit
 def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful, lo, hi):
-    "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K, 4] float64, an even number of them."
+    "OMP or, if recursive, ORMP of rows lo..hi, 64 at a time. atoms [K, 4] float64, K even."
     S, K, M = indices.shape[1], len(atoms), signals.shape[1]
     w, q, along, left = np.zeros(11 * _L), np.empty(4 * _L), np.empty(S * _L), np.empty(K * _L)
     basis, triangle = np.empty(S * 4 * _L), np.empty(S * S * _L)
-    limit, dot, length, support, norms = np.empty(_L), np.empty(_L), np.empty(_L), np.empty(S * _L), np.empty(K)
+    limit, dot, length, support, norms = (np.empty(_L), np.empty(_L), np.empty(_L),
+                                          np.empty(S * _L), np.empty(K))
     for k in range(K):  # squared; what is no atom has an infinite one, and is never picked
         norm2 = _energy(atoms, k)
         norms[k] = norm2 if norm2 > limits.eligible else np.inf
@@ -419,14 +452,17 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
             for m in range(M): w[m * _L + l] = signals[start + l, m]
         _lane_dot(dot, 0, w, 0, w, 0)
         for l in range(_L): limit[l] = limits.floor * np.sqrt(dot[l])
-        for l in range(rows): doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
+        for l in range(rows):
+            doubtful[start + l] = dot[l] != 0 and not limits.lowest < dot[l] < limits.highest
         for n in range(S):
             _lane_dot(dot, 0, w, 0, w, 0)
             alive = 0
             for l in range(_L):
                 # |<d, r>| <= |r|: a signal this small is done, and so is one within tol
-                limit[l] = np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l] else limit[l]
-                w[_TOP + l], w[_UNDER + l], w[_PICK + l] = (limit[l] * limit[l] if recursive else limit[l]), 1.0, -1.0
+                limit[l] = (np.inf if dot[l] <= tol or 1.01 * dot[l] <= limit[l] * limit[l]
+                            else limit[l])
+                w[_TOP + l], w[_UNDER + l], w[_PICK + l] = (
+                    (limit[l] * limit[l] if recursive else limit[l]), 1.0, -1.0)
                 alive += limit[l] < np.inf
             if alive == 0: break
             if recursive: _lane_best_fraction(w, left, atoms, norms, n, limits.eligible)
@@ -442,10 +478,12 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
                     _lane_dot(dot, 0, basis, j * 4 * _L, q, 0)
                     _lane_remove(q, 0, dot, basis, j * 4 * _L)
                     t = (j * S + n) * _L
-                    for l in range(_L): triangle[t + l] = dot[l] if twice == 0 else triangle[t + l] + dot[l]
+                    for l in range(_L):
+                        triangle[t + l] = dot[l] if twice == 0 else triangle[t + l] + dot[l]
             _lane_dot(length, 0, q, 0, q, 0)
             t = (n * S + n) * _L
-            for l in range(_L): triangle[t + l] = 1 / np.sqrt(length[l] if length[l] > limits.eligible else 1.0)
+            for l in range(_L):
+                triangle[t + l] = 1 / np.sqrt(length[l] if length[l] > limits.eligible else 1.0)
             for m in range(4):
                 for l in range(_L): w[_Q + m * _L + l] = q[m * _L + l] * triangle[t + l]
             for i in range(4 * _L): basis[n * 4 * _L + i] = w[_Q + i]
@@ -455,11 +493,14 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
             for l in range(_L): along[n * _L + l] = dot[l]
             for l in range(rows):
                 if support[n * _L + l] >= 0:
-                    rounding = recursive and abs(dot[l]) * np.sqrt(length[l]) <= limit[l] * limits.noise / limits.floor
-                    if length[l] <= limits.eligible or rounding: doubtful[start + l] = True  # too little left, or no correlation
+                    rounding = (recursive and abs(dot[l]) * np.sqrt(length[l])
+                                <= limit[l] * limits.noise / limits.floor)
+                    # too little left, or no correlation
+                    if length[l] <= limits.eligible or rounding: doubtful[start + l] = True
         for i in range(steps - 1, -1, -1):
             for j in range(i + 1, steps):
-                for l in range(_L): along[i * _L + l] -= triangle[(i * S + j) * _L + l] * along[j * _L + l]
+                for l in range(_L):
+                    along[i * _L + l] -= triangle[(i * S + j) * _L + l] * along[j * _L + l]
             for l in range(_L): along[i * _L + l] *= triangle[(i * S + i) * _L + l]
         for n in range(S):
             for l in range(rows):
@@ -471,7 +512,7 @@ def _lane_rows(recursive, signals, atoms, tol, limits, indices, values, doubtful
 _pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 def _spread(work, rows, least):
-    "Call work(lo, hi) for parts of the rows: one for each of torch's threads, but at least so many rows for each."
+    "Call work(lo, hi) for parts of the rows: as many as torch has threads, of `least` rows and up."
     threads = torch.get_num_threads()
     parts = 1 if forked.is_set() else max(1, min(threads, os.cpu_count(), rows // least))
     if parts == 1: return work(0, rows)
@@ -483,10 +524,11 @@ def _spread(work, rows, least):
         for other in others: other.result()
     finally: torch.set_num_threads(threads)
 
+
+# %% ../nbs/30_kernels_cpu.ipynb #40f0d23d
 def _run(kernel, rows, *args, least=64):
     "Spread a kernel over the threads, with at least so many rows for each."
     _spread(lambda lo, hi: kernel(*args, lo, hi), rows, least)
-
 
 # %% ../nbs/30_kernels_cpu.ipynb #e15d8d0e
 def _product(a, b, out=None):
@@ -509,14 +551,17 @@ class _NumpyProducts(TorchFunctionMode):
 def chunk_rows(
     K: int,  # atoms
 ) -> int:  # signals
-    "How many rows of K correlations make a chunk of one thread on the CPU: 2 MB of them, or 1,024 rows where these are no more than 8 MB."
+    """How many rows of K correlations make a chunk of one thread on the CPU:
+    2 MB of them, or 1,024 rows where these are no more than 8 MB."""
     return max(1, 2**19 // K, min(1024, 2**21 // K))
 
 # %% ../nbs/30_kernels_cpu.ipynb #ff3f32fb
 def _with_gram(signals, dictionary, rule, tol, indices, values, doubtful):
-    "Chunk by chunk: correlations by one product, in the precision of the dictionary, then the kernel."
-    K, arithmetic, kernel = dictionary.shape[1], dictionary.dtype, (_omp_rows, _ormp_rows, _mp_rows)[rule]
-    gram, rows, limits = _product(dictionary.T, dictionary), chunk_rows(K), _limits(signals.dtype, arithmetic)
+    "Chunk by chunk: correlations by one product, in the dictionary's precision, then the kernel."
+    K, arithmetic, kernel = (dictionary.shape[1], dictionary.dtype,
+                             (_omp_rows, _ormp_rows, _mp_rows)[rule])
+    gram, rows, limits = (_product(dictionary.T, dictionary), chunk_rows(K),
+                          _limits(signals.dtype, arithmetic))
     def work(lo, hi):
         buffer = torch.empty(min(rows, hi - lo), K, dtype=arithmetic)
         for i in range(lo, hi, rows):
@@ -546,15 +591,18 @@ def _plainly(signals, dictionary, rule, tol, diversity, indices, values):
 def _code(signals, dictionary, rule, tol, indices, values):
     "Codes in the precision of the dictionary; doubtful signals again, in float64."
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
-    doubtful, lanes = torch.zeros(B, dtype=torch.bool), M <= 4 and K <= 256 and S <= 16 and rule != 2
+    doubtful, lanes = (torch.zeros(B, dtype=torch.bool),
+                       M <= 4 and K <= 256 and S <= 16 and rule != 2)
     if not lanes and (4 * B * S < K or K * K * dictionary.itemsize > 2**28):
         return _plainly(signals, dictionary, rule, tol, 0.0, indices, values)
-    (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol, indices, values, doubtful)
+    (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol,
+                                           indices, values, doubtful)
     if not doubtful.any(): return
     rows = doubtful.nonzero()[:, 0]
     for again in rows[signals[rows].isfinite().all(1)].split(max(1, 2**22 // M)):
         k, v = indices[again], values[again]
-        if lanes or dictionary.dtype == torch.float64: _plainly(signals[again], dictionary, rule, tol, 0.0, k, v)
+        if lanes or dictionary.dtype == torch.float64:
+            _plainly(signals[again], dictionary, rule, tol, 0.0, k, v)
         else: _code(signals[again], dictionary.double(), rule, tol, k, v)
         indices[again], values[again] = k, v
 
@@ -568,14 +616,20 @@ def omp_numba(
     tol: float = 0.0,  # a signal stops when its squared residual norm is at most this
     diversity: float = 0.0,  # weight of the bonus for atoms used less than average in this call
 ) -> tuple[Tensor, Tensor]:  # indices [B, S] int64, -1 where unused, and values [B, S]
-    "The codes of `laser.pursuit.pursuit`, fast, on the CPU. Raises as `check_problem` does, and for another device or dtype."
+    """The codes of `laser.pursuit.pursuit`, fast, on the CPU.
+
+    Raises as `check_problem` does, and for another device or dtype.
+    """
     check_problem(signals, dictionary, sparsity, method, tol, diversity, check_values=False)
     if signals.device.type != "cpu":
-        raise ValueError(f"omp_numba works on the CPU, and the signals are on {signals.device}; use batch_omp, which goes by the device")
+        raise ValueError(f"omp_numba works on the CPU, and the signals are on {signals.device}; "
+                         "use batch_omp, which goes by the device")
     if signals.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"omp_numba works in float32 and float64, got {signals.dtype}; call .float() first")
+        raise TypeError(f"omp_numba works in float32 and float64, got {signals.dtype}; "
+                        "call .float() first")
     signals, dictionary = signals.detach().contiguous(), dictionary.detach().contiguous()
-    rule, indices = ("omp", "ormp", "mp").index(method), torch.empty(len(signals), int(sparsity), dtype=torch.int64)
+    rule, indices = (("omp", "ormp", "mp").index(method),
+                     torch.empty(len(signals), int(sparsity), dtype=torch.int64))
     values = torch.empty(indices.shape, dtype=signals.dtype)
     if len(signals):
         with no_autocast("cpu"):
@@ -591,12 +645,17 @@ def count_differences(
     method: str = "omp",  # "omp", "ormp" or "mp"
     tol: float = 0.0,  # as the supports were made
     chunk: int = 2048,  # signals a time
-) -> tuple[int, int]:  # supports that differ from the float64 reference, and those of them that are near-ties
-    "Compare supports with the reference in float64; a near-tie is a step where both picks score within 1e-5 |x| of the best."
+) -> tuple[int, int]:  # supports that differ from the float64 reference, and near-ties among them
+    """Compare supports with the reference in float64.
+
+    A near-tie is a step where both picks score within 1e-5 |x| of the best.
+    """
     dtype, dictionary, S, counts = signals.dtype, dictionary.double(), indices.shape[1], []
     for x, ours in zip(signals.double().split(chunk), indices.split(chunk)):
-        reference = pursuit(x, dictionary, S, method=method, tol=tol, eligible=eligible_norm(dtype))[0]
-        counts.append(compare_supports(x, dictionary, reference, ours, method, eligible_norm(dtype)))
+        reference = pursuit(x, dictionary, S, method=method, tol=tol,
+                            eligible=eligible_norm(dtype))[0]
+        counts.append(compare_supports(x, dictionary, reference, ours, method,
+                                       eligible_norm(dtype)))
     return tuple(map(sum, zip(*counts)))
 
 # %% ../nbs/30_kernels_cpu.ipynb #6139bfbb
@@ -608,7 +667,8 @@ def _nearest_rows(correlations, half, nearest, lo, hi):
         top = _ordered(c[0] - half[0])
         for i in range(len(half)): top = max(top, _ordered(c[i] - half[i]))
         for i in range(np.int32(len(half))):
-            place = min(place, np.int32(i) if _ordered(c[i] - half[i]) == top else np.int32(0x7FFFFFFF))
+            place = min(place, (np.int32(i) if _ordered(c[i] - half[i]) == top
+                                else np.int32(0x7FFFFFFF)))
         nearest[b] = place
 
 # %% ../nbs/30_kernels_cpu.ipynb #3bed3bc9
@@ -616,15 +676,20 @@ def nearest_numba(
     z: Tensor,  # [B, M] float32 or float64, on the CPU
     codebook: Tensor,  # [K, M], of the same dtype
 ) -> Tensor:  # [B] int64
-    "Index of the codebook entry nearest to each row of z. No checks: see `laser.sparse_coding.nearest_entry`."
+    """Index of the codebook entry nearest to each row of z.
+
+    No checks: see `laser.sparse_coding.nearest_entry`.
+    """
     B, K, mean = len(z), len(codebook), codebook.mean(0)
     centred, rows, nearest = codebook - mean, chunk_rows(K), torch.empty(B, dtype=torch.int64)
     half = centred.square().sum(1) / 2
     def work(lo, hi):
-        products, part = z.new_empty(min(rows, hi - lo), K), z.new_empty(min(rows, hi - lo), z.shape[1])
+        products, part = (z.new_empty(min(rows, hi - lo), K),
+                          z.new_empty(min(rows, hi - lo), z.shape[1]))
         for i in range(lo, hi, rows):
             out = nearest[i:min(i + rows, hi)].numpy()
             x = torch.sub(z[i:i + len(out)], mean, out=part[:len(out)])
-            _nearest_rows(_product(x, centred.T, products[:len(out)]).numpy(), half.numpy(), out, 0, len(out))
+            _nearest_rows(_product(x, centred.T, products[:len(out)]).numpy(), half.numpy(), out,
+                          0, len(out))
     _spread(work, B, rows)
     return nearest
