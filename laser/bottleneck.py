@@ -634,7 +634,7 @@ def make_bottleneck(
     for key in options.keys() - known.keys():
         near = get_close_matches(key, known, 1)
         raise ValueError(f"bottleneck {name!r} has no option {key!r}"
-                         + (f"; did you mean {near[0]!r}?" if near else "")
+                         + (f"; did you mean {near[0]!r}?" if near else ".")
                          + f" It takes {', '.join(known)}")
     return bottleneck_class(name)(**{key: known[key].check(key, value)
                                      for key, value in options.items()})
