@@ -50,8 +50,9 @@ class Case:
         return f"{self.M}x{self.K}x{self.S}"
 
 # %% ../nbs/32_benchmark.ipynb #0007
-CASES = {c.name: c for c in (Case(3, 16, 4, 4 * 128 * 128), Case(64, 512, 5, 65_536), Case(192, 512, 8, 32_768),
-                             Case(256, 2048, 2, 16_384), Case(256, 2048, 8, 16_384), Case(256, 16_384, 16, 2_048))}
+CASES = {c.name: c for c in (
+    Case(3, 16, 4, 4 * 128 * 128), Case(64, 512, 5, 65_536), Case(192, 512, 8, 32_768),
+    Case(256, 2048, 2, 16_384), Case(256, 2048, 8, 16_384), Case(256, 16_384, 16, 2_048))}
 
 # %% ../nbs/32_benchmark.ipynb #0010
 def real_signals(
@@ -60,14 +61,19 @@ def real_signals(
     count: int,  # how many
     seed: int = 0,  # of the choice
 ) -> Tensor:  # [count, M] float32
-    "Pixels or patches of images, without their mean. `ValueError` for an M that is neither 3 p p nor p p."
+    "Pixels or patches of images, without their mean. `ValueError` unless M is 3 p p or p p."
     side = next((p for p in range(1, 33) if M in (p * p, 3 * p * p)), None)
-    if side is None: raise ValueError(f"M={M} is neither p*p nor 3*p*p for a patch of side p; take 3, 64, 192 or 256, for example")
-    x = images * 2 - 1 if M == 3 * side * side else images.mean(1, keepdim=True) * 2 - 1      # [N, C, H, W]
+    if side is None:
+        raise ValueError(f"M={M} is neither p*p nor 3*p*p for a patch of side p; "
+                         "take 3, 64, 192 or 256, for example")
+    # [N, C, H, W]
+    x = images * 2 - 1 if M == 3 * side * side else images.mean(1, keepdim=True) * 2 - 1
     g = torch.Generator().manual_seed(seed)
-    n, top, left = (torch.randint(0, high, (count,), generator=g) for high in (len(x), x.shape[2] - side + 1, x.shape[3] - side + 1))
+    n, top, left = (torch.randint(0, high, (count,), generator=g)
+                    for high in (len(x), x.shape[2] - side + 1, x.shape[3] - side + 1))
     offset = torch.arange(side)
-    patches = x[n[:, None, None], :, (top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]]  # [count, p, p, C]
+    patches = x[n[:, None, None], :, (top[:, None] + offset)[:, :, None],
+                (left[:, None] + offset)[:, None, :]]                        # [count, p, p, C]
     signals = patches.permute(0, 3, 1, 2).reshape(count, M)
     return (signals if side == 1 else signals - signals.mean(1, keepdim=True)).contiguous()
 
@@ -77,7 +83,7 @@ def entries_from(
     K: int,  # how many
     seed: int = 0,  # of the choice and of the noise
 ) -> tuple[Tensor, Tensor]:  # codebook [K, M], and dictionary [M, K] of unit-norm atoms
-    "K entries chosen from the signals, with a trace of noise so that no two are equal and none is zero."
+    "K entries chosen from the signals, with a trace of noise: no two are equal, and none is zero."
     g = torch.Generator().manual_seed(seed + 1)
     codebook = signals[torch.randint(0, len(signals), (K,), generator=g)]
     codebook = codebook + 0.02 * torch.randn(codebook.shape, generator=g)
@@ -102,7 +108,8 @@ def case_problem(
 ) -> Problem:
     "A case on pixels or patches of images; the entries come from other places than the signals."
     others = real_signals(images, case.M, max(case.K, 2048), seed + 1)
-    return Problem(case.name, real_signals(images, case.M, signals or case.signals, seed), *entries_from(others, case.K, seed), case.S)
+    return Problem(case.name, real_signals(images, case.M, signals or case.signals, seed),
+                   *entries_from(others, case.K, seed), case.S)
 
 # %% ../nbs/32_benchmark.ipynb #0017
 @torch.no_grad()
@@ -111,14 +118,20 @@ def latent_problem(
     images: Tensor,  # [N, 3, H, W] in [0, 1]
     seed: int = 0,  # of the codebook's choice
 ) -> Problem:
-    "What a dictionary bottleneck codes: its latents of these images, with its dictionary. The codebook is a choice of latents."
+    """What a dictionary bottleneck codes: its latents of these images, with its dictionary.
+
+    The codebook is a choice of latents.
+    """
     bottleneck = model.bottleneck
     if not hasattr(bottleneck, "dictionary") or not hasattr(bottleneck, "sparsity_level"):
-        raise ValueError(f"a {type(bottleneck).__name__} has no dictionary to measure; name a model with bottleneck 'dl'")
-    latents = torch.cat([to_patches(model.latents(part), bottleneck.patch_size).flatten(0, 2) for part in images.split(16)])   # [B, M]
+        raise ValueError(f"a {type(bottleneck).__name__} has no dictionary to measure; "
+                         "name a model with bottleneck 'dl'")
+    latents = torch.cat([to_patches(model.latents(part), bottleneck.patch_size).flatten(0, 2)
+                         for part in images.split(16)])                      # [B, M]
     M, K = bottleneck.dictionary.shape
-    return Problem(f"{M}x{K}x{bottleneck.sparsity_level} latents", latents, entries_from(latents, K, seed)[0],
-                   bottleneck.dictionary.detach().clone(), bottleneck.sparsity_level)
+    return Problem(f"{M}x{K}x{bottleneck.sparsity_level} latents", latents,
+                   entries_from(latents, K, seed)[0], bottleneck.dictionary.detach().clone(),
+                   bottleneck.sparsity_level)
 
 # %% ../nbs/32_benchmark.ipynb #0020
 def vq_torch(
@@ -127,7 +140,8 @@ def vq_torch(
     chunk: int,  # signals a time
 ) -> Tensor:  # [B] int64
     "Nearest codebook entry by chunked `addmm` and `argmin`: the denominator of every ratio."
-    norms, transposed, nearest = codebook.square().sum(1), codebook.T, torch.empty(len(signals), dtype=torch.int64)
+    norms, transposed, nearest = (codebook.square().sum(1), codebook.T,
+                                  torch.empty(len(signals), dtype=torch.int64))
     buffer = signals.new_empty(min(chunk, len(signals)), len(codebook))
     for x, out in zip(signals.split(chunk), nearest.split(chunk)):
         torch.argmin(torch.addmm(norms, x, transposed, alpha=-2, out=buffer[:len(x)]), 1, out=out)
@@ -138,16 +152,17 @@ def product_only(
     signals: Tensor,  # [B, M]
     dictionary: Tensor,  # [M, K]
 ) -> Tensor:  # [rows of a chunk, K], where the last chunk is left
-    "All correlations, in the chunks of `laser.kernels_cpu`, into one buffer, and nothing done with them."
+    "All correlations, in the chunks of `laser.kernels_cpu`, into one buffer, and no more."
     rows = chunk_rows(dictionary.shape[1])
     buffer = signals.new_empty(min(rows, len(signals)), dictionary.shape[1])
     for x in signals.split(rows): torch.mm(x, dictionary, out=buffer[:len(x)])
     return buffer
 
 # %% ../nbs/32_benchmark.ipynb #0026
+# name -> module, PyPI package
 PEERS = {"SPAMS": ("spams", "spams-bin"), "scikit-learn": ("sklearn", "scikit-learn"),
          "batched OMP": ("orthogonal_matching_pursuit_gpu", "orthogonal-matching-pursuit-gpu"),
-         "VQ library": ("vector_quantize_pytorch", "vector-quantize-pytorch")}   # name -> module, PyPI package
+         "VQ library": ("vector_quantize_pytorch", "vector-quantize-pytorch")}
 
 # %% ../nbs/32_benchmark.ipynb #0027
 def peer_call(
@@ -167,7 +182,8 @@ def peer_call(
         from sklearn.linear_model import orthogonal_mp_gram
         gram, products = (dictionary.T @ dictionary).numpy(), (dictionary.T @ signals.T).numpy()
         def pursue():
-            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):           # when a signal needs fewer atoms
+            # it warns when a signal needs fewer atoms
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
                 return orthogonal_mp_gram(gram, products, n_nonzero_coefs=S)
         return pursue
     if name == "batched OMP":
@@ -175,7 +191,8 @@ def peer_call(
         return lambda: run_omp(dictionary, signals, S, normalize=False, fit_intercept=False)
     if name == "VQ library":
         from vector_quantize_pytorch import VectorQuantize
-        layer = VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook), freeze_codebook=True).eval()
+        layer = VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook),
+                               freeze_codebook=True).eval()
         layer._codebook.embed.data.copy_(codebook[None])
         @torch.no_grad()
         def lookup(): return layer(signals[None])[1][0]
@@ -204,50 +221,66 @@ def vq_chunks(
     K: int,  # codebook entries
     B: int,  # signals
 ) -> list[int]:  # signals a time
-    "The chunk sizes at which `vq_torch` takes part: powers of two whose distances take 256 kB to 64 MB."
+    "The chunk sizes of `vq_torch` that take part: powers of two with 256 kB to 64 MB of distances."
     return sorted({min(2**n, B) for n in range(24) if 2**18 <= 4 * K * 2**n <= 2**26})
 
 # %% ../nbs/32_benchmark.ipynb #0033
-SLOW = {"scikit-learn": 400, "OMP torch": 32_768, "batched OMP": 8_192}  # signals of 64x512x5 that take about a second
+# signals of 64x512x5 that take about a second
+SLOW = {"scikit-learn": 400, "OMP torch": 32_768, "batched OMP": 8_192}
 
 def measure(
     problem: Problem,
     rounds: int = 5,
     peers: tuple = tuple(PEERS),  # which of the other packages
 ) -> pd.DataFrame:  # one row a contestant and round
-    "Microseconds a signal, and how many signals were coded. VQ torch at the chunk size with the smallest median."
-    x, codebook, dictionary, S, K = problem.signals, problem.codebook, problem.dictionary, problem.S, len(problem.codebook)
-    def few(name):                                                             # fewer still for large cases
-        work = S * K * (K / 512 if name == "scikit-learn" else 1) / 2560       # it copies the Gram matrix for each signal
-        least = 512 if name == "batched OMP" else 4                            # it makes a Gram matrix in every call, which a few could not pay for
+    """Microseconds a signal, and how many signals were coded.
+
+    VQ torch counts at the chunk size with the smallest median.
+    """
+    x, codebook, dictionary, S, K = (problem.signals, problem.codebook, problem.dictionary,
+                                     problem.S, len(problem.codebook))
+    def few(name):  # fewer still for large cases
+        # scikit-learn copies the Gram matrix for each signal; batched OMP makes one in every call,
+        # which a few signals could not pay for
+        work = S * K * (K / 512 if name == "scikit-learn" else 1) / 2560
+        least = 512 if name == "batched OMP" else 4
         return x[:max(least, int(SLOW.get(name, len(x)) / max(1.0, work)))] if name in SLOW else x
     chunks = vq_chunks(K, len(x))
     calls = {chunk: lambda chunk=chunk: vq_torch(x, codebook, chunk) for chunk in chunks}
-    calls |= {"VQ": lambda: nearest_entry(x, codebook), "product": lambda: product_only(x, dictionary),
-              "OMP": lambda: omp_numba(x, dictionary, S), "ORMP": lambda: omp_numba(x, dictionary, S, method="ormp"),
+    calls |= {"VQ": lambda: nearest_entry(x, codebook),
+              "product": lambda: product_only(x, dictionary),
+              "OMP": lambda: omp_numba(x, dictionary, S),
+              "ORMP": lambda: omp_numba(x, dictionary, S, method="ormp"),
               "OMP torch": lambda: omp_torch(few("OMP torch"), dictionary, S)}
     calls |= {name: peer_call(name, few(name), codebook, dictionary, S) for name in peers}
     times = time_rounds(calls, rounds)
     best = min(chunks, key=lambda chunk: np.median(times[chunk]))
     rows = []
-    for name, seconds in {"VQ torch": times[best], **{n: times[n] for n in calls if n not in chunks}}.items():
+    for name, seconds in {"VQ torch": times[best],
+                          **{n: times[n] for n in calls if n not in chunks}}.items():
         count = len(few(name))
-        rows += [dict(case=problem.name, contestant=name, round=i, us_per_signal=1e6 * s / count, signals=count, vq_chunk=best) for i, s in enumerate(seconds)]
+        rows += [dict(case=problem.name, contestant=name, round=i, us_per_signal=1e6 * s / count,
+                      signals=count, vq_chunk=best) for i, s in enumerate(seconds)]
     return pd.DataFrame(rows)
 
 # %% ../nbs/32_benchmark.ipynb #0036
-RATIOS = {"OMP / VQ lookup": ("OMP", "VQ torch"), "ORMP / OMP": ("ORMP", "OMP"), "our VQ / VQ lookup": ("VQ", "VQ torch"), "product / VQ lookup": ("product", "VQ torch"),
-          "SPAMS / ORMP": ("SPAMS", "ORMP"), "scikit-learn / OMP": ("scikit-learn", "OMP"), "plain torch / OMP": ("OMP torch", "OMP"),
-          "batched OMP / OMP": ("batched OMP", "OMP"), "VQ library / OMP": ("VQ library", "OMP")}
+RATIOS = {"OMP / VQ lookup": ("OMP", "VQ torch"), "ORMP / OMP": ("ORMP", "OMP"),
+          "our VQ / VQ lookup": ("VQ", "VQ torch"), "product / VQ lookup": ("product", "VQ torch"),
+          "SPAMS / ORMP": ("SPAMS", "ORMP"), "scikit-learn / OMP": ("scikit-learn", "OMP"),
+          "plain torch / OMP": ("OMP torch", "OMP"), "batched OMP / OMP": ("batched OMP", "OMP"),
+          "VQ library / OMP": ("VQ library", "OMP")}
 
 # %% ../nbs/32_benchmark.ipynb #0037
 def ratio_table(
     results: pd.DataFrame,  # of `measure`, one or several problems
     quantile: float = 0.5,  # over the rounds
 ) -> pd.DataFrame:  # one row a problem
-    "The ratios between contestants that the speed study reports: their median over the rounds, or another quantile."
-    t = results.pivot_table(index=["case", "round"], columns="contestant", values="us_per_signal", sort=False)
-    return pd.DataFrame({name: (t[a] / t[b]).groupby(level="case", sort=False).quantile(quantile) for name, (a, b) in RATIOS.items() if a in t and b in t})
+    """The ratios between contestants that the speed study reports:
+    their median over the rounds, or another quantile."""
+    t = results.pivot_table(index=["case", "round"], columns="contestant", values="us_per_signal",
+                            sort=False)
+    return pd.DataFrame({name: (t[a] / t[b]).groupby(level="case", sort=False).quantile(quantile)
+                         for name, (a, b) in RATIOS.items() if a in t and b in t})
 
 # %% ../nbs/32_benchmark.ipynb #0040
 def working_memory(
@@ -260,27 +293,35 @@ def working_memory(
     script = f"""
 import torch
 from laser.benchmark import nearest_entry, normalize_atoms, omp_numba, omp_torch, vq_torch
-def kilobytes(key): return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 g = torch.Generator().manual_seed(0)
-x, book = torch.randn({signals or case.signals}, {case.M}, generator=g), torch.randn({case.K}, {case.M}, generator=g)
+x = torch.randn({signals or case.signals}, {case.M}, generator=g)
+book = torch.randn({case.K}, {case.M}, generator=g)
 D = normalize_atoms(book.T).contiguous()
 call = dict(zip(("VQ torch", "VQ", "OMP", "ORMP", "OMP torch"), (
-    lambda x: vq_torch(x, book, 2048), lambda x: nearest_entry(x, book), lambda x: omp_numba(x, D, {case.S}),
-    lambda x: omp_numba(x, D, {case.S}, method="ormp"), lambda x: omp_torch(x, D, {case.S}))))[{contestant!r}]
+    lambda x: vq_torch(x, book, 2048), lambda x: nearest_entry(x, book),
+    lambda x: omp_numba(x, D, {case.S}), lambda x: omp_numba(x, D, {case.S}, method="ormp"),
+    lambda x: omp_torch(x, D, {case.S}))))[{contestant!r}]
 call(x[:2048])
 before = kilobytes("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 out = call(x)
-size = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,))) + ({case.K}**2 * 4 if {contestant!r} in ("OMP", "ORMP") and {case.K}**2 * 4 < 2**28 else 0)
+size = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)))
+if {contestant!r} in ("OMP", "ORMP") and {case.K}**2 * 4 < 2**28: size += {case.K}**2 * 4
 print((kilobytes("VmHWM") - before) / 1024 - size / 2**20)
 """
-    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system, so a warm-up hides nothing
-    done = subprocess.run([sys.executable, "-c", script], env=returned, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"measuring {contestant} failed: {done.stderr.strip().splitlines()[-1]}")
+    # what is freed goes back to the system, so a warm-up hides nothing
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", script], env=returned, capture_output=True,
+                          text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring {contestant} failed: {done.stderr.strip().splitlines()[-1]}")
     return max(0.0, float(done.stdout))
 
 # %% ../nbs/32_benchmark.ipynb #0043
-GROWTH = dict(B=(512, 4096, 32_768), M=(16, 64, 256), K=(64, 256, 1024, 4096), S=(1, 2, 4, 8, 16))  # what to change, and to what
+# what to change, and to what
+GROWTH = dict(B=(512, 4096, 32_768), M=(16, 64, 256), K=(64, 256, 1024, 4096), S=(1, 2, 4, 8, 16))
 
 def growth(
     case: Case,  # where to start from
@@ -294,7 +335,8 @@ def growth(
     rows = []
     for value in values:
         size = dict(B=case.signals, M=case.M, K=case.K, S=case.S) | {axis: value}
-        table = measure(case_problem(Case(size["M"], size["K"], size["S"], size["B"]), images, seed=seed), rounds, peers=())
+        table = measure(case_problem(Case(size["M"], size["K"], size["S"], size["B"]), images,
+                                     seed=seed), rounds, peers=())
         times = table.groupby("contestant").us_per_signal.median()
         rows.append({axis: value, **{n: times[n] for n in ("VQ torch", "OMP", "ORMP")}})
     return pd.DataFrame(rows).set_index(axis)
@@ -304,12 +346,13 @@ def support_agreement(
     problem: Problem,
     methods: tuple = ("omp", "ormp"),
 ) -> pd.DataFrame:  # one row a method
-    "How many supports of the fast path differ from the float64 reference, and how many of those are near-ties."
+    "How many supports of the fast path differ from the float64 reference's, and near-ties of them."
     rows = []
     for method in methods:
         indices = omp_numba(problem.signals, problem.dictionary, problem.S, method=method)[0]
         differ, ties = count_differences(problem.signals, problem.dictionary, indices, method)
-        rows.append({"case": problem.name, "method": method, "signals": len(indices), "supports that differ": differ, "of them near-ties": ties})
+        rows.append({"case": problem.name, "method": method, "signals": len(indices),
+                     "supports that differ": differ, "of them near-ties": ties})
     return pd.DataFrame(rows)
 
 # %% ../nbs/32_benchmark.ipynb #f3c1e004
@@ -318,7 +361,7 @@ def profile_step(
     loader,                # batches [B, 3, H, W] in [0, 1], at least one
     steps: int = 5,        # timed steps; the median counts
     warmup: int = 2,       # steps before, for compilation and caches
-) -> dict[str, float]:  # milliseconds of a step in data, encoder, bottleneck, decoder, optimiser; and all together
+) -> dict[str, float]:  # ms of data, encoder, bottleneck, decoder, optimiser, and of the step
     "Time of each part of a training step, forward and backward."
     device = next(model.parameters()).device
     def now():
@@ -342,7 +385,8 @@ def profile_step(
         optimizer.step(), optimizer.zero_grad()
         model.bottleneck.after_step()
         t.append(now())
-        lap = [b - a for a, b in zip(t, t[1:])]                       # data, encoder, bottleneck, decoder, back, back, optimiser
+        # data, encoder, bottleneck, decoder, back, back, optimiser
+        lap = [b - a for a, b in zip(t, t[1:])]
         times.append([lap[0], lap[1] + lap[5], lap[2] + lap[4], lap[3], lap[6]])
     median = 1000*np.median(np.array(times[warmup:]), axis=0)
     parts = dict(zip(("data", "encoder", "bottleneck", "decoder", "optimiser"), median.tolist()))
@@ -357,7 +401,8 @@ def training_speed(
 ) -> dict[str, float]:  # name -> images per second
     "Training throughput of several models."
     models = {name: make_model(config).to(x.device) for name, config in configs.items()}
-    optimizers = {name: torch.optim.Adam(model.parameters(), 1e-4) for name, model in models.items()}
+    optimizers = {name: torch.optim.Adam(model.parameters(), 1e-4)
+                  for name, model in models.items()}
     times = {name: [] for name in models}
     for _ in range(warmup + rounds):
         for name, model in models.items():
@@ -384,20 +429,29 @@ def _chosen(words, known, what):
 def plot_times(
     results: pd.DataFrame,  # of `measure`, one or several problems
 ):  # a matplotlib figure
-    "Time of each contestant as a multiple of the VQ lookup, the median over rounds, on a logarithmic axis."
+    "Time of each contestant as a multiple of the VQ lookup, median over rounds, logarithmic axis."
     import matplotlib.pyplot as plt
     from laser.plots import COLORS
-    wide = results.pivot_table(index=["case", "round"], columns="contestant", values="us_per_signal", sort=False)
-    multiples = wide.div(wide["VQ torch"], axis=0).groupby(level="case", sort=False).median().drop(columns="product")
+    wide = results.pivot_table(index=["case", "round"], columns="contestant",
+                               values="us_per_signal", sort=False)
+    multiples = wide.div(wide["VQ torch"], axis=0).groupby(
+        level="case", sort=False).median().drop(columns="product")
     cases, ours = list(multiples.index), multiples["OMP"]
     colour = {"VQ torch": COLORS["vq"], "VQ": COLORS["vq"], "OMP": COLORS["dl"], "ORMP": "#882211"}
-    others = {"OMP torch": "#777777", "SPAMS": "#009E73", "scikit-learn": "#E69F00", "batched OMP": "#000000", "VQ library": "#CC79A7"}
+    others = {"OMP torch": "#777777", "SPAMS": "#009E73", "scikit-learn": "#E69F00",
+              "batched OMP": "#000000", "VQ library": "#CC79A7"}
     fig, ax = plt.subplots(figsize=(9, 0.9 + 0.55 * len(cases)), layout="constrained")
     for name in multiples:
-        ax.scatter(multiples[name], range(len(cases)), s=36, color=(colour | others)[name], label=name, alpha=0.85,
-                   marker="|" if name == "VQ torch" else "o" if name in colour else "s", zorder=3 if name in colour else 2)
-    ax.set(xscale="log", yticks=range(len(cases)), yticklabels=cases, xlabel="time, as a multiple of the VQ lookup (logarithmic)", ylim=(len(cases) - 0.5, -0.5),
-           title=f"OMP takes {' to '.join(dict.fromkeys(f'{m:.1f}' for m in (ours.min(), ours.max())))} times as long as a codebook lookup")
+        ax.scatter(multiples[name], range(len(cases)), s=36, color=(colour | others)[name],
+                   label=name, alpha=0.85,
+                   marker="|" if name == "VQ torch" else "o" if name in colour else "s",
+                   zorder=3 if name in colour else 2)
+    ax.set(xscale="log", yticks=range(len(cases)), yticklabels=cases,
+           xlabel="time, as a multiple of the VQ lookup (logarithmic)",
+           ylim=(len(cases) - 0.5, -0.5),
+           title="OMP takes "
+                 f"{' to '.join(dict.fromkeys(f'{m:.1f}' for m in (ours.min(), ours.max())))} "
+                 "times as long as a codebook lookup")
     ax.axvline(1, color=COLORS["vq"], lw=1); ax.grid(axis="x", alpha=0.3)
     ax.legend(fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -409,7 +463,8 @@ def run_benchmark(
     cases: str | list = "all",  # names such as "64x512x5,3x16x4", a list of them, or "all"
     peers: str | list = "all",  # names of other packages, "all" that are installed, or "none"
     source: str = "auto",  # images to cut signals from: "auto", "celeba", "sample" or a folder
-    model: str | Path | None = None,  # a run, checkpoint or saved model of a DL-VAE, to measure its latents and dictionary too
+    # a run, checkpoint or saved model of a DL-VAE, to measure its latents and dictionary too
+    model: str | Path | None = None,
     memory: bool = True,  # the working memory of each case as well, in processes of their own
     grow: bool = False,  # and how time grows from 64x512x5 with each of its numbers
     out: str | Path = "outputs/benchmark",  # folder for the tables (CSV) and benchmark.png
@@ -417,37 +472,53 @@ def run_benchmark(
 ) -> pd.DataFrame:  # one row a contestant, case and round
     "Measure every case, print times, ratios and their spread, and write tables and picture."
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if signals is not None and signals < 64: raise ValueError(f"signals must be at least 64, got {signals}")
+    if signals is not None and signals < 64:
+        raise ValueError(f"signals must be at least 64, got {signals}")
     cases, wanted = _chosen(cases, CASES, "case"), _chosen(peers, PEERS, "peer")
     missing = [n for n in wanted if importlib.util.find_spec(PEERS[n][0]) is None]
-    for name in missing: print(f"{name} is not installed and left out; to include it: pip install {PEERS[name][1]}")
-    print(f"{len(cases)} case(s) of {rounds} rounds, on {torch.get_num_threads()} threads", flush=True)
+    for name in missing:
+        print(f"{name} is not installed and left out; to include it: pip install {PEERS[name][1]}")
+    print(f"{len(cases)} case(s) of {rounds} rounds, on {torch.get_num_threads()} threads",
+          flush=True)
     images, label = load_images(source, n=64 if source != "sample" else 4, seed=seed)
     print(f"signals from: {label}", flush=True)
-    problems = {name: lambda name=name: case_problem(CASES[name], images, signals, seed) for name in cases}
+    problems = {name: lambda name=name: case_problem(CASES[name], images, signals, seed)
+                for name in cases}
     if model is not None:
         latents = latent_problem(load_pretrained(find_checkpoint(model, "best")), images, seed)
         problems[latents.name] = lambda: latents
     peers = tuple(n for n in wanted if n not in missing)
     def each(what, names):                                   # said before it is done
-        for i, name in enumerate(names, 1): yield print(f"[{i}/{len(names)}] {what} {name}", flush=True) or name
-    results = pd.concat([measure(problems[name](), rounds, peers) for name in each("time of", problems)], ignore_index=True)
+        for i, name in enumerate(names, 1):
+            yield print(f"[{i}/{len(names)}] {what} {name}", flush=True) or name
+    results = pd.concat([measure(problems[name](), rounds, peers)
+                         for name in each("time of", problems)], ignore_index=True)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results.to_csv(out / "benchmark.csv", index=False)
     plot_times(results).savefig(out / "benchmark.png", dpi=110)
 
-    def report(name, title, table):                          # each as soon as it is there, so that what follows cannot lose it
+    # each as soon as it is there, so that what follows cannot lose it
+    def report(name, title, table):
         table.to_csv(out / f"{name}.csv")
-        with pd.option_context("display.width", 200, "display.max_columns", 20, "display.precision", 3): print(f"\n{title}\n{table}")
-    report("times", "us a signal", results.pivot_table(index="case", columns="contestant", values="us_per_signal", aggfunc="median", sort=False))
+        with pd.option_context("display.width", 200, "display.max_columns", 20,
+                               "display.precision", 3):
+            print(f"\n{title}\n{table}")
+    report("times", "us a signal",
+           results.pivot_table(index="case", columns="contestant", values="us_per_signal",
+                               aggfunc="median", sort=False))
     report("ratios", "ratio, median over rounds", ratio_table(results))
-    report("spread", "half the distance between its quartiles", (ratio_table(results, 0.75) - ratio_table(results, 0.25)) / 2)
+    report("spread", "half the distance between its quartiles",
+           (ratio_table(results, 0.75) - ratio_table(results, 0.25)) / 2)
     if memory:
-        used = {case: {n: working_memory(CASES[case], n, signals) for n in ("VQ torch", "VQ", "OMP", "ORMP")} for case in each("memory of", cases)}
+        used = {case: {n: working_memory(CASES[case], n, signals)
+                       for n in ("VQ torch", "VQ", "OMP", "ORMP")}
+                for case in each("memory of", cases)}
         report("memory", "MB of working memory", pd.DataFrame(used).T)
     if grow:
         base = Case(64, 512, 5, signals or 16_384)
-        report("growth", "us a signal", pd.concat({axis: growth(base, images, axis, GROWTH[axis], rounds, seed) for axis in each("growth with", GROWTH)}))
+        report("growth", "us a signal",
+               pd.concat({axis: growth(base, images, axis, GROWTH[axis], rounds, seed)
+                          for axis in each("growth with", GROWTH)}))
     print(f"tables and picture: {out}")
     return results

@@ -36,7 +36,8 @@ __all__ = ['ORIGINAL', 'to_pixels', 'to_images', 'signed_errors', 'check_study',
 # %% ../nbs/14_comparison.ipynb #f9787e42
 ORIGINAL = pd.DataFrame({
     "MSE on [-1, 1]": [0.00905, 0.00329], "distance on [-1, 1]": [0.1314, 0.0598],
-    "red on [-1, 1]": [0.0103, 0.0021], "green on [-1, 1]": [0.0084, 0.0052], "blue on [-1, 1]": [0.0085, 0.0025],
+    "red on [-1, 1]": [0.0103, 0.0021], "green on [-1, 1]": [0.0084, 0.0052],
+    "blue on [-1, 1]": [0.0085, 0.0025],
     "entries used": ["16/16", "16/16"], "ms/image": [2.1, 34.0], "us/pixel": [0.13, 2.1],
     "times VQ": [None, 16.4], "gain over loop": [None, 34.0],
 }, index=["VQ", "original DL, S=4"])
@@ -64,8 +65,10 @@ def signed_errors(
 ) -> dict:                      # "MSE", "distance" (mean over pixels), "red", "green", "blue"
     "Errors as the study states them, on [-1, 1]."
     pair = images * 2.0 - 1, reconstructions * 2.0 - 1
-    errors = {"MSE": mse(*pair, value_range=None).item(), "distance": color_distance(*pair, value_range=None).item()}
-    return errors | dict(zip(("red", "green", "blue"), per_channel_mse(*pair, value_range=None).tolist()))
+    errors = {"MSE": mse(*pair, value_range=None).item(),
+              "distance": color_distance(*pair, value_range=None).item()}
+    return errors | dict(zip(("red", "green", "blue"),
+                             per_channel_mse(*pair, value_range=None).tolist()))
 
 # %% ../nbs/14_comparison.ipynb #ee213dd4
 def check_study(
@@ -73,14 +76,16 @@ def check_study(
     num_embeddings: int,    # K
     sparsity_level: int,    # S
 ) -> None:
-    "Raise `ValueError` if the study cannot run: wrong shape or range, NaN, or K and S that do not fit."
+    "Raise `ValueError` if the study cannot run: wrong shape or range, NaN, or K and S that misfit."
     if not 1 <= sparsity_level <= num_embeddings:
-        raise ValueError(f"sparsity_level must be between 1 and num_embeddings ({num_embeddings}), got {sparsity_level}")
+        raise ValueError(f"sparsity_level must be between 1 and num_embeddings ({num_embeddings}), "
+                         f"got {sparsity_level}")
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"expected RGB images [B, 3, H, W], got shape {tuple(images.shape)}")
     for i, image in enumerate(images):
         if not torch.isfinite(image).all():
-            raise ValueError(f"image {i} has NaN or infinite values; leave it out, or repair it with torch.nan_to_num")
+            raise ValueError(f"image {i} has NaN or infinite values; leave it out, "
+                             "or repair it with torch.nan_to_num")
         if image.min() < 0 or image.max() > 1:
             raise ValueError(f"image {i} has values from {image.min():.3g} to {image.max():.3g}; "
                              "expected [0, 1]: divide 8-bit values by 255")
@@ -90,17 +95,21 @@ def make_palette(
     images: Tensor,          # [B, 3, H, W] in [0, 1]
     num_embeddings: int,     # K
     seed: int = 0,           # of the first centres
-    original: bool = False,  # k-means as the original ran it: from random pixels, six steps, an empty centre stays
+    # k-means as the original ran it: from random pixels, six steps, an empty centre stays
+    original: bool = False,
 ) -> Tensor:                 # [K, 3] colours in [-1, 1]
-    "The k-means colours of the images. Raises `ValueError` when they have fewer than K distinct colours."
+    "The k-means colours of the images. Raises `ValueError` for fewer than K distinct colours."
     pixels = to_pixels(images)
-    levels = ((pixels + 1) * 2**15).long()              # 16 bits a channel, packed into one number: fast to count
+    # 16 bits a channel, packed into one number: fast to count
+    levels = ((pixels + 1) * 2**15).long()
     distinct = len(torch.unique((levels[:, 0] << 40) | (levels[:, 1] << 20) | levels[:, 2]))
     if not 1 <= num_embeddings <= distinct:
-        raise ValueError(f"num_embeddings={num_embeddings}, but the images have only {distinct} distinct colours; "
-                         f"choose 1 <= num_embeddings <= {distinct}, or add images")
+        raise ValueError(f"num_embeddings={num_embeddings}, but the images have only {distinct} "
+                         f"distinct colours; choose 1 <= num_embeddings <= {distinct}, "
+                         "or add images")
     if not original: return kmeans(pixels, num_embeddings, seed=seed)
-    centers = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:num_embeddings]]
+    centers = pixels[torch.randperm(
+        len(pixels), generator=torch.Generator().manual_seed(seed))[:num_embeddings]]
     for _ in range(6):
         nearest = nearest_entry(pixels, centers)                                     # [N]
         counts = torch.bincount(nearest, minlength=num_embeddings)[:, None]          # [K, 1]
@@ -115,7 +124,7 @@ def squashed_faces(
     size: int = 128,
     split: str = "test",
 ) -> Tensor:               # [n, 3, size, size] in [0, 1]
-    "CelebA faces as the original had them: the whole picture squeezed to a square (bilinear, torchvision's default)."
+    "CelebA faces as the original had them: the whole picture squeezed to a square, bilinearly."
     files = get_dataset("celeba", split, limit=n, seed=seed).files
     squeezed = [read_rgb(file).resize((size, size), Image.Resampling.BILINEAR) for file in files]
     return torch.stack([pixels_of(image) for image in squeezed]).float() / 255
@@ -124,11 +133,12 @@ def squashed_faces(
 def unit_atoms(
     palette: Tensor,  # [K, 3] colours in [-1, 1]
 ) -> Tensor:          # [3, K] unit-norm atoms in columns
-    "The directions of the colours from mid-grey. Raises `ValueError` for a mid-grey colour, which has none."
+    "The directions of the colours from mid-grey. Raises `ValueError` for mid-grey, which has none."
     grey = (palette.norm(dim=1) == 0).nonzero().flatten().tolist()
     if grey:
-        raise ValueError(f"entry {grey[0]} of the palette is exactly mid-grey, the zero of [-1, 1], and a zero vector "
-                         "cannot be an atom; choose another seed or num_embeddings")
+        raise ValueError(f"entry {grey[0]} of the palette is exactly mid-grey, the zero "
+                         "of [-1, 1], and a zero vector cannot be an atom; "
+                         "choose another seed or num_embeddings")
     return normalize_atoms(palette.T)
 
 # %% ../nbs/14_comparison.ipynb #9f6f714e
@@ -153,11 +163,11 @@ class Method:
         return "continuous" if self.coefficient_bits is None else f"{self.coefficient_bits} bits"
 
     def atoms(self, palette: Tensor) -> Tensor:
-        "[3, K]: the raw colours [K, 3] for `mp`, as the original had them, else unit-norm directions."
+        "[3, K]: the raw colours for `mp`, as the original had them, else unit-norm directions."
         return palette.T.contiguous() if self.kind == "mp" else unit_atoms(palette)
 
     def encode(self, pixels: Tensor, palette: Tensor, **kwargs) -> Tensor | SparseCode:
-        "Indices [N] or a sparse code [N, S] of pixels [N, 3] in [-1, 1]; `kwargs` go to `batch_omp`."
+        "Indices [N] or a sparse code [N, S] of pixels [N, 3] in [-1, 1]; `kwargs`: to `batch_omp`."
         if self.kind == "vq": return nearest_entry(pixels, palette)
         options = dict(method=self.kind, diversity=self.diversity, **kwargs)
         return self.quantize(batch_omp(pixels, self.atoms(palette), self.sparsity, **options))
@@ -177,11 +187,13 @@ def study_methods(
     coefficient_bits: int = 8,    # of the quantised rows
 ) -> list[Method]:
     "The rows of the study's tables."
-    rows = [Method("VQ", "vq"), Method(f"original DL, S={sparsity_level}", "mp", sparsity_level, diversity=0.001)]
+    rows = [Method("VQ", "vq"),
+            Method(f"original DL, S={sparsity_level}", "mp", sparsity_level, diversity=0.001)]
     for kind in ("omp", "ormp"):
         for bits in (None, coefficient_bits):
             for s in range(1, sparsity_level + 1):
-                rows.append(Method(f"{kind.upper()} S={s}" + (f", {bits} bits" if bits else ""), kind, s, bits))
+                rows.append(Method(f"{kind.upper()} S={s}" + (f", {bits} bits" if bits else ""),
+                                   kind, s, bits))
     return rows
 
 # %% ../nbs/14_comparison.ipynb #bedcebaf
@@ -192,8 +204,10 @@ class PixelStudy:
     images: Tensor                        # [B, 3, H, W] in [0, 1]
     palette: Tensor                       # [K, 3] in [-1, 1]
     methods: dict[str, Method] = field(default_factory=dict)                 # name -> method
-    reconstructions: dict[str, Tensor] = field(default_factory=dict)         # name -> [B, 3, H, W], not clamped
-    codes: dict[str, Tensor | SparseCode] = field(default_factory=dict)      # name -> [B, H, W], or over [B, H, W, S]
+    # name -> [B, 3, H, W], not clamped
+    reconstructions: dict[str, Tensor] = field(default_factory=dict)
+    # name -> [B, H, W], or over [B, H, W, S]
+    codes: dict[str, Tensor | SparseCode] = field(default_factory=dict)
 
     @property
     def bits(self) -> dict[str, str]:
@@ -209,16 +223,19 @@ def compare_pixels(
     sparsity_level: int = 4,                  # S
     seed: int = 0,                            # of the palette
     label: str = "images",                    # what they are, for titles and tables
-    palette: Tensor | str = "kmeans",         # [K, 3] in [-1, 1]; or made of the images: "kmeans", "original"
+    # [K, 3] in [-1, 1]; or made of the images: "kmeans", "original"
+    palette: Tensor | str = "kmeans",
     methods: Sequence[Method] | None = None,  # by default `study_methods(sparsity_level)`
 ) -> PixelStudy:
     "Code the images with every method. Raises `ValueError` for input that cannot be coded."
     check_study(images, num_embeddings, sparsity_level)
-    if isinstance(palette, str): palette = make_palette(images, num_embeddings, seed, original=palette == "original")
-    unit_atoms(palette)                                      # refuses a palette without directions at once
-    study = PixelStudy(label, images, palette, {m.name: m for m in methods or study_methods(sparsity_level)})
+    if isinstance(palette, str):
+        palette = make_palette(images, num_embeddings, seed, original=palette == "original")
+    unit_atoms(palette)                              # refuses a palette without directions at once
+    study = PixelStudy(label, images, palette,
+                       {m.name: m for m in methods or study_methods(sparsity_level)})
     pixels, (batch, _, height, width) = to_pixels(images), images.shape
-    continuous = {}                                          # a quantised row starts from its float twin's code
+    continuous = {}                       # a quantised row starts from its float twin's code
     for name, method in study.methods.items():
         twin = replace(method, name="", coefficient_bits=None)
         if twin not in continuous: continuous[twin] = twin.encode(pixels, palette)
@@ -230,36 +247,42 @@ def compare_pixels(
 # %% ../nbs/14_comparison.ipynb #4eda3f35
 def study_tables(
     study: PixelStudy,
-) -> dict[str, pd.DataFrame]:  # "quality": bits and errors; "channels": errors by channel; "usage"; one row a method
-    "What was measured, without timing."
-    rows, K, base = {}, len(study.palette), signed_errors(study.images, study.reconstructions["VQ"])["MSE"]
+) -> dict[str, pd.DataFrame]:  # "quality", "channels" and "usage", each with one row a method
+    "What was measured, without timing: bits and errors, errors by channel, and use of the entries."
+    rows, K, base = ({}, len(study.palette),
+                     signed_errors(study.images, study.reconstructions["VQ"])["MSE"])
     for name, m in study.methods.items():
         code, errors = study.codes[name], signed_errors(study.images, study.reconstructions[name])
         counts, sparse = code_usage(code, K), m.kind != "vq"
         atoms = (code.indices >= 0).sum(-1).float().mean().item() if sparse else 1.0
-        used = atoms * m.bits(K) / m.sparsity + nominal_bits(m.sparsity + 1) if sparse else m.bits(K)
+        used = (atoms * m.bits(K) / m.sparsity + nominal_bits(m.sparsity + 1) if sparse
+                else m.bits(K))
         rows[name] = {
-            "bits/pixel": m.bits(K), "coefficients": m.coefficients, "bits/pixel used": used, "atoms/pixel": atoms,
+            "bits/pixel": m.bits(K), "coefficients": m.coefficients, "bits/pixel used": used,
+            "atoms/pixel": atoms,
             "largest |c|": code.values.abs().max().item() if sparse else None,
             **{f"{what} on [-1, 1]": value for what, value in errors.items()},
             "VQ MSE / this": base / errors["MSE"] if errors["MSE"] > 1e-10 else math.inf,
-            "entries used": f"{int((counts > 0).sum())}/{K}", "perplexity": float(perplexity(counts)),
+            "entries used": f"{int((counts > 0).sum())}/{K}",
+            "perplexity": float(perplexity(counts)),
             "largest share": float(counts.max() / counts.sum()),
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     quality = [*table.columns[:5], "MSE on [-1, 1]", "VQ MSE / this", "distance on [-1, 1]"]
-    return {"quality": table[quality], "channels": table[[f"{c} on [-1, 1]" for c in ("red", "green", "blue")]],
+    return {"quality": table[quality],
+            "channels": table[[f"{c} on [-1, 1]" for c in ("red", "green", "blue")]],
             "usage": table[["entries used", "perplexity", "largest share"]]}
 
 # %% ../nbs/14_comparison.ipynb #c22de428
 def readable(
     table: pd.DataFrame,   # one row a method
-) -> pd.DataFrame:         # the same as text, with a column "README ..." after each that the original reported
-    "A table for a page: three digits, nothing where nothing is known, and `exact` for an infinite ratio."
+) -> pd.DataFrame:         # as text, a column "README ..." after each that the original reported
+    "A table for a page: three digits, nothing for the unknown, `exact` for an infinite ratio."
     def cell(value):
         if value is None or value != value: return ""                     # NaN
         if not isinstance(value, float): return str(value)
-        return "exact" if math.isinf(value) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        return ("exact" if math.isinf(value) else f"{value:,.0f}" if value >= 1000
+                else f"{value:.3g}")
     reported, columns = ORIGINAL.reindex(table.index), {}
     for name in table:
         columns[name] = table[name].map(cell)
@@ -274,15 +297,17 @@ def show_table(
     "A `readable` table for a page."
     from IPython.display import Markdown
     table = readable(table).reset_index()
-    rows = [map(str, table.columns), ["---"] * table.shape[1], *table.astype(str).itertuples(index=False)]
-    return Markdown("\n".join("| " + " | ".join(row).replace("|c|", "\\|c\\|") + " |" for row in rows))
+    rows = [map(str, table.columns), ["---"] * table.shape[1],
+            *table.astype(str).itertuples(index=False)]
+    return Markdown("\n".join("| " + " | ".join(row).replace("|c|", "\\|c\\|") + " |"
+                              for row in rows))
 
 # %% ../nbs/14_comparison.ipynb #d599bce0
 def seconds_of(
     call: Callable[[], object],
     repeats: int = 3,            # calls that count
 ) -> float:
-    "Shortest processor time of a call, after one that is not counted (compiled kernels compile then)."
+    "Shortest processor time of a call, after one that is not counted (in which kernels compile)."
     call()
     return min(timeit.repeat(call, number=1, repeat=repeats, timer=time.process_time))
 
@@ -291,18 +316,23 @@ def speed_table(
     study: PixelStudy,
     repeats: int = 3,        # calls that count
 ) -> pd.DataFrame:           # one row a method with continuous coefficients
-    "Processor time an image and a pixel, times VQ, gain of the deepest pursuits over a per-pixel loop, bytes kept a pixel."
+    """Processor time an image and a pixel, as a multiple of VQ's, bytes kept a pixel,
+    and the gain of the deepest pursuits over a per-pixel loop."""
     pixels, rows = to_pixels(study.images), {}
-    some, deepest = pixels[:: max(1, len(pixels) // 100)][:100], max(m.sparsity for m in study.methods.values())
+    some, deepest = (pixels[:: max(1, len(pixels) // 100)][:100],
+                     max(m.sparsity for m in study.methods.values()))
     for name, m in study.methods.items():
         if m.coefficient_bits is not None: continue
-        each, gain = seconds_of(partial(m.encode, pixels, study.palette), repeats) / len(pixels), None
+        each, gain = (seconds_of(partial(m.encode, pixels, study.palette), repeats) / len(pixels),
+                      None)
         if m.sparsity == deepest and m.kind != "vq":
             atoms = m.atoms(study.palette)
-            def loop(m=m, atoms=atoms): return [pursuit(p[None], atoms, m.sparsity, method=m.kind) for p in some]
+            def loop(m=m, atoms=atoms):
+                return [pursuit(p[None], atoms, m.sparsity, method=m.kind) for p in some]
             gain = seconds_of(loop, 1) / len(some) / each
-        rows[name] = {"ms/image": 1e3 * each * len(pixels) / len(study.images), "us/pixel": 1e6 * each,
-                      "times VQ": None, "gain over loop": gain, "bytes/pixel": 8 if m.kind == "vq" else 12 * m.sparsity}
+        rows[name] = {"ms/image": 1e3 * each * len(pixels) / len(study.images),
+                      "us/pixel": 1e6 * each, "times VQ": None, "gain over loop": gain,
+                      "bytes/pixel": 8 if m.kind == "vq" else 12 * m.sparsity}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return table.assign(**{"times VQ": table["us/pixel"] / table.loc["VQ", "us/pixel"]})
 
@@ -312,11 +342,12 @@ def study_batches(
     batch_size: int = 4,
     num_embeddings: int = 16,    # K
     **kwargs,                    # to `compare_pixels`: sparsity_level, seed, palette, methods
-) -> pd.DataFrame:               # columns batch, image, method, MSE, distance, red, green, blue (all on [-1, 1])
+) -> pd.DataFrame:  # columns batch, image, method; MSE, distance, red, green, blue on [-1, 1]
     "Every method on every image, coded in batches. A last batch that is not full is left out."
     from tqdm import tqdm
     rows = []
-    for b in tqdm(range(len(images) // batch_size), desc="batches", delay=2, leave=False, disable=None):
+    for b in tqdm(range(len(images) // batch_size), desc="batches", delay=2, leave=False,
+                  disable=None):
         first = b * batch_size
         part = compare_pixels(images[first : first + batch_size], num_embeddings, **kwargs)
         for name, decoded in part.reconstructions.items():
@@ -331,7 +362,8 @@ def summarize_batches(
 ) -> pd.DataFrame:         # one row a method
     "Mean, standard deviation, smallest and largest error over images."
     return lines.groupby("method", sort=False).agg(**{
-        "MSE mean": ("MSE", "mean"), "MSE std": ("MSE", "std"), "MSE min": ("MSE", "min"), "MSE max": ("MSE", "max"),
+        "MSE mean": ("MSE", "mean"), "MSE std": ("MSE", "std"),
+        "MSE min": ("MSE", "min"), "MSE max": ("MSE", "max"),
         "distance mean": ("distance", "mean"), "images": ("image", "nunique")})
 
 # %% ../nbs/14_comparison.ipynb #d0c856bc
@@ -340,7 +372,8 @@ def batch_ratios(
     method: str,            # the method to hold against VQ
 ) -> Tensor:                # [number of batches]
     "VQ error divided by the method's error, batch by batch."
-    means = lines.pivot_table(index="batch", columns="method", values="MSE")   # the mean over a batch
+    # the mean over a batch
+    means = lines.pivot_table(index="batch", columns="method", values="MSE")
     return torch.tensor((means["VQ"] / means[method]).to_numpy())
 
 # %% ../nbs/14_comparison.ipynb #a7642940
@@ -352,17 +385,20 @@ def study_figures(
     from laser import plots
     images, K = study.images[:rows], len(study.palette)
     level = max(m.sparsity for m in study.methods.values())
-    few, deep, theirs = f"OMP S={min(2, level)}, 8 bits", f"OMP S={level}", f"original DL, S={level}"
+    few, deep, theirs = (f"OMP S={min(2, level)}, 8 bits", f"OMP S={level}",
+                         f"original DL, S={level}")
     shown = {name: study.reconstructions[name][:rows] for name in ("VQ", few, theirs)}
     code = study.codes[deep]
-    codes = {"VQ": study.codes["VQ"][:rows], deep: SparseCode(code.indices[:rows], code.values[:rows])}
+    codes = {"VQ": study.codes["VQ"][:rows],
+             deep: SparseCode(code.indices[:rows], code.values[:rows])}
     channels = {name: images[0] for name, images in shown.items()}
     bits = {name: cost.replace(" (", "\n(") for name, cost in study.bits.items()}
     return {
         "reconstruction_comparison": plots.plot_reconstructions(images, shown, bits, range_width=2),
         "code_heatmaps": plots.plot_code_heatmaps(images, codes),
         "channel_comparison": plots.plot_channels(images[0], channels, study.bits, range_width=2),
-        "codebook_usage": plots.plot_usage({name: code_usage(study.codes[name], K) for name in shown}),
+        "codebook_usage": plots.plot_usage({name: code_usage(study.codes[name], K)
+                                            for name in shown}),
         "palette": plots.plot_palette((study.palette + 1) / 2, unit_atoms(study.palette)),
     }
 
@@ -388,17 +424,22 @@ def run_comparison(
     root: str | Path | None = None,       # the CelebA folder; by default CELEBA_DIR
     quiet: bool = False,                  # print nothing
 ) -> dict[str, pd.DataFrame]:          # "quality", "channels", "usage", "speed"
-    "Run the pixel-level study: write its figures as PNG and its tables as CSV to `out`, and print the tables."
+    "Run the pixel-level study: write figures (PNG) and tables (CSV) to `out`, print the tables."
     import matplotlib.pyplot as plt
     start, out = time.perf_counter(), Path(out)
-    if out.exists() and not out.is_dir(): raise ValueError(f"out={str(out)!r} is a file; name a folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file; name a folder")
     say, steps = (lambda *_, **__: None) if quiet else print, iter(range(1, 6))
-    def step(name, work): return say(f"[{next(steps)}/5] {name}", flush=True) or work()      # said before it is done
+    def step(name, work):                                       # said before it is done
+        return say(f"[{next(steps)}/5] {name}", flush=True) or work()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
-        images, label = step("images", lambda: _load_study_images(source, num_images, size, seed, root))
-        study = step("coding", lambda: compare_pixels(images, num_embeddings, sparsity_level, seed, label))
-        tables = step("tables", lambda: study_tables(study)) | {"speed": step("speed", lambda: speed_table(study))}
+        images, label = step("images", lambda: _load_study_images(source, num_images, size, seed,
+                                                                  root))
+        study = step("coding", lambda: compare_pixels(images, num_embeddings, sparsity_level, seed,
+                                                      label))
+        tables = (step("tables", lambda: study_tables(study))
+                  | {"speed": step("speed", lambda: speed_table(study))})
         for name, table in tables.items(): table.to_csv(Path(made) / f"{name}.csv")
         for name, figure in step("figures", lambda: study_figures(study)).items():
             figure.savefig(Path(made) / f"{name}.png", dpi=120)
@@ -410,7 +451,8 @@ def run_comparison(
     say(f"{len(images)} images, {size} x {size}: {label}. K = {num_embeddings}.\n"
         "All errors are on [-1, 1]: 4 times the MSE, and twice the color distance, on [0, 1]. "
         "Coefficients are counted as 32 bits unless quantised.\n"
-        f"original DL, S={sparsity_level}: matching pursuit on raw colors with a diversity bonus of 0.001. "
+        f"original DL, S={sparsity_level}: matching pursuit on raw colors with a diversity bonus "
+        "of 0.001. "
         "README: what the original LASER reported for its four faces.")
     for name, table in tables.items(): say(f"\n{name}\n{readable(table).to_string(line_width=120)}")
     say(f"\n{len(files)} files in {out} after {seconds:.0f} s")
