@@ -9,7 +9,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -23,7 +25,7 @@ from torch import Tensor
 from .sparse_coding import SparseCode
 
 # %% auto #0
-__all__ = ['COLORS', 'WORDS', 'STYLE', 'color_of', 'colors_of', 'plain', 'set_figure_format', 'to_array', 'show_image',
+__all__ = ['COLORS', 'WORDS', 'STYLE', 'color_of', 'colors_of', 'plain', 'styled', 'set_figure_format', 'to_array', 'show_image',
            'get_grid', 'show_images', 'error_finding', 'error_map', 'plot_reconstructions', 'code_maps',
            'brightness_ranks', 'plot_code_heatmaps', 'plot_channels', 'plot_usage', 'atom_colors', 'plot_palette',
            'plot_ratios']
@@ -87,6 +89,14 @@ STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=1
          "legend.frameon": False, "font.sans-serif": ["DejaVu Sans"], "axes.titlesize": 9,
          "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
 
+@contextmanager
+def styled():
+    "`with styled():` figures in this style."
+    with plt.rc_context(STYLE):
+        yield
+        interactive = plt.isinteractive()
+    matplotlib.interactive(interactive)    # Jupyter switches it on as the first figure is made
+
 # %% ../nbs/13_plots.ipynb #ebbdfda1
 def set_figure_format(
     photographs: bool = True,  # JPEG when true, optimised PNG (for line plots) when false
@@ -126,7 +136,7 @@ def show_image(
     **kwargs,                        # to `imshow`: cmap, vmin, vmax
 ) -> Axes:
     "Draw one image or map."
-    with plt.rc_context(STYLE):
+    with styled():
         if ax is None: _, ax = plt.subplots(figsize=figsize)
         ax.imshow(to_array(image), **{"interpolation": "nearest", **kwargs})
         ax.set_xticks([]); ax.set_yticks([])
@@ -149,7 +159,7 @@ def get_grid(
     if nrows is None: nrows = -(-n // ncols)
     if nrows * ncols < n:
         raise ValueError(f"{n} panels do not fit {nrows} x {ncols}; leave nrows or ncols out")
-    with plt.rc_context(STYLE):
+    with styled():
         figsize = kwargs.pop(
             "figsize", (size * ncols, (size + 0.25) * nrows + (0.3 if title else 0)))
         figure, axes = plt.subplots(
@@ -238,7 +248,7 @@ def plot_reconstructions(
             show_image(images[i], picture, head * (i == 0) + f"MSE {maps[i, j].mean():.2g}")
             head = "error" if beside and i == 0 else None
             drawn = show_image(maps[i, j], error, head, cmap="magma", vmin=0, vmax=top).images[0]
-        with plt.rc_context(STYLE):
+        with styled():
             bar = figure.colorbar(drawn, ax=list(row.flat), fraction=0.02, pad=0.01, extend="max")
         bar.ax.ticklabel_format(style="sci", scilimits=(-3, 3))
         bar.locator = plt.MaxNLocator(4); bar.update_ticks()
@@ -322,7 +332,7 @@ def plot_code_heatmaps(
         for i, ax in enumerate(column):
             drawn = show_image(values[i], ax, f"{name}\n{head}" if i == 0 else None,
                                **style).images[0]
-        with plt.rc_context(STYLE):
+        with styled():
             bar = figure.colorbar(drawn, cax=bar_ax, orientation="horizontal", label=label)
         bar.locator = plt.MaxNLocator(4, integer=kind != "size"); bar.update_ticks()
     return figure
@@ -348,7 +358,7 @@ def plot_channels(
     title = title or (
         f"Row {row}: {error_finding({name: float(e.mean()) for name, e in errors.items()})}")
     lines = ["--", ":", "-.", (0, (4, 1, 1, 1, 1, 1))]
-    with plt.rc_context(STYLE):
+    with styled():
         figure, axes = plt.subplots(2, 3, figsize=(9.2, 4.8), sharex=True, sharey="row",
                                     layout="constrained", height_ratios=[2, 1])
         for channel, head in enumerate(("Red", "Green", "Blue")):
@@ -428,7 +438,7 @@ def plot_palette(
     title = title or f"{K} colours, but {close} lie within {degrees:g}° of one line"
     # [3, K, 3]
     swatches = torch.stack([colors.cpu()[order] for colors in (codebook, plus, minus)])
-    with plt.rc_context(STYLE):
+    with styled():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), width_ratios=[1.6, 1],
                                              layout="constrained")
         left.imshow(swatches.clamp(0, 1).numpy(), aspect="auto", interpolation="nearest")
@@ -455,7 +465,7 @@ def plot_ratios(
         below = [f"{100 * (r < x).double().mean():.0f}% below {x:.3g}" for x in (reference, 1)]
         return (f"{name}: median {r.median():.2f} of {len(r)}, {r.min():.2g} to {r.max():.2g}; "
                 f"{', '.join(below)}")
-    with plt.rc_context(STYLE):
+    with styled():
         figure, ax = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
         lines = {plain(name): r.numpy() for name, r in values.items()}
         palette = dict(zip(lines, colors_of(ratios).values()))
