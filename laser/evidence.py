@@ -306,7 +306,8 @@ def measure_costs(
     from laser.context import fit_context
     from laser.data import CelebA
     from laser.models import load_pretrained
-    known, faces = (as_floats(CelebA(split=s, size=128, limit=n).batch(range(n))) for s, n in (("train", train), ("test", test)))
+    sets = CelebA(split="train", size=128, limit=train), CelebA(split="test", size=128, limit=test)
+    known, faces = (as_floats(images.batch(range(len(images)))) for images in sets)
     rows = []
     for name, (recipe, settings) in (CURVES | CONTEXT).items():
         run = Path(runs) / f"{recipe}-s0"
