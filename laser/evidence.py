@@ -257,7 +257,8 @@ RECIPES = {  # name -> overrides of `laser_train`
            "model.init=pca", *COUNTED],
     "dl-fixed": [*COMMON, "model=dlvae", "model.num_embeddings=512", "model.sparsity_level=4",
                  "model.coefficient_bits=5", "model.commitment_cost=0.05"],
-    "scalar": [*COMMON, "model=scalar", "model.rate_weight=0.05"],
+    # its bits are in the loss: the error alone would choose the first epoch
+    "scalar": [*COMMON, "model=scalar", "model.rate_weight=0.05", "checkpoint.monitor=val_loss"],
     "ae-layers": [*COMMON, "model=ae", "model.linear_path=false"],    # what the linear path brings
 }
 
