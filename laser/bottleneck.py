@@ -1063,7 +1063,7 @@ class DictionaryLearning(_UnitAtoms, _LearnedAtoms, _SparseCoding, _SparseSymbol
         max_level: int = 63,  # largest level where bits count
         coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms; 0: off
         init: str = "data",  # first atoms: data, kmeans or pca (of the first batch) or random
-        revive_below: float | None = None,  # dead below this part of equal use; None: 0.3, 0.01 if bits count
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.3, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if revive_below is None: revive_below = 0.01 if rate_weight else 0.3

@@ -674,7 +674,7 @@ class ResidualVQ(_Chain, _ChainPrices, _StageSum, _StageSearch, _StageLearning, 
         rate_weight: float = 0.0,  # squared error a bit is worth (lambda); 0: all stages
         stage_dropout: float = 0.0,  # part of the training batches coded with fewer stages
         init: str = "kmeans",  # first entries: kmeans, data (of the first batch), random (normal)
-        revive_below: float | None = None,  # dead below this part of equal use; None: 0.1, 0.01 if bits count
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing, dropped stages and the revivals
     ):
         T, D = num_quantizers, min(num_codebooks or num_quantizers, num_quantizers)
@@ -775,7 +775,7 @@ class GainShapeVQ(_GainCodes, ResidualVQ):
         beam: int = 1,  # sums kept at each step of the search
         rate_weight: float = 0.0,  # squared error of a bit (lambda), sets gain_step; 0: bits free
         init: str = "kmeans",  # first atoms: kmeans, data (of the first batch), random (normal)
-        revive_below: float | None = None,  # dead below this part of equal use; None: 0.1, 0.01 if bits count
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         if gains_from not in (1, 2):
