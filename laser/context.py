@@ -65,8 +65,10 @@ def kinds_of_tables(
     sizes: list[int],           # of the alphabets
 ) -> list[list[int]]:           # the tables of each kind
     "Tables whose symbols mean the same: all of one size, where they are more than `ALIKE`; each other one by itself."
-    same = {size: [k for k, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
-    return [kind for tables in same.values() for kind in ([tables] if len(tables) > ALIKE else [[k] for k in tables])]
+    same = {size: [k for k, other in enumerate(sizes) if other == size]
+            for size in dict.fromkeys(sizes)}
+    return [kind for tables in same.values()
+            for kind in ([tables] if len(tables) > ALIKE else [[k] for k in tables])]
 
 # %% ../nbs/17_context.ipynb #267059c5
 class _Neighbourhood(nn.Module):
@@ -80,17 +82,22 @@ class _Neighbourhood(nn.Module):
         self.scale = float(1 / flat.std().clamp_min(1e-12))
         self.project = nn.Linear(M, features)
         with torch.no_grad():
-            self.project.weight.copy_(torch.pca_lowrank(flat * self.scale, q=features, niter=4)[2].T)
+            self.project.weight.copy_(
+                torch.pca_lowrank(flat * self.scale, q=features, niter=4)[2].T)
             self.project.bias.zero_()
         self.first = nn.ModuleList(nn.Linear(12 * (features + 1), hidden) for _ in range(7))
         self.mid = nn.Linear(hidden, hidden)
         self.kinds = [torch.tensor(kind) for kind in kinds_of_tables(sizes)]
         widths = torch.tensor([sizes[kind[0]] for kind in self.kinds])
-        self.ends, self.starts = widths.cumsum(0), torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-        self.rows, (self.kind, self.index) = self.ends - widths, torch.zeros(2, len(sizes), dtype=torch.long)
-        for k, tables in enumerate(self.kinds): self.kind[tables], self.index[tables] = k, torch.arange(len(tables))
+        self.ends, self.starts = (widths.cumsum(0),
+                                  torch.tensor(sizes).cumsum(0) - torch.tensor(sizes))
+        self.rows, (self.kind, self.index) = (self.ends - widths,
+                                              torch.zeros(2, len(sizes), dtype=torch.long))
+        for k, tables in enumerate(self.kinds):
+            self.kind[tables], self.index[tables] = k, torch.arange(len(tables))
         R, draw = int(self.ends[-1]), lambda n: nn.Parameter(torch.randn(n, hidden) * 0.05)
-        self.symbol, self.table, self.rate, self.place = draw(R), draw(len(self.kinds)), draw(len(counts)), draw(PLACES**2)
+        self.symbol, self.table, self.rate, self.place = (draw(R), draw(len(self.kinds)),
+                                                          draw(len(counts)), draw(PLACES**2))
         self.out = nn.Parameter(torch.zeros(R, hidden))
         logs = [(part / part.sum(1, keepdim=True)).log().float() for part in counts.split(sizes, 1)]
         self.bias = [torch.stack([logs[k] for k in tables], 1) for tables in self.kinds]
@@ -98,7 +105,8 @@ class _Neighbourhood(nn.Module):
     def known(self, signals):
         "Signals of all codes [B, h, w, M] -> neighbours of each, through the first two layers [B, h * w, hidden]."
         B, h, w, _ = signals.shape
-        z = F.pad(F.pad(self.project(signals * self.scale), (0, 1), value=1.0), (0, 0, *[REACH] * 4))
+        z = F.pad(F.pad(self.project(signals * self.scale), (0, 1), value=1.0),
+                  (0, 0, *[REACH] * 4))
         u = z.new_zeros(B, h * w, self.mid.out_features)
         order = torch.from_numpy(coarse_to_fine(h, w)).flatten()
         for number, layer in enumerate(self.first):
@@ -128,7 +136,8 @@ class _Network(_Neighbourhood):
             for k in kinds.unique():
                 rows, block = (kinds == k).nonzero()[:, 0], slice(self.rows[k], self.ends[k])
                 scores = v[rows] @ self.out[block].T + self.bias[k][point][self.index[tables[rows]]]
-                bits = bits.index_add(0, going[rows], F.cross_entropy(scores, symbols[rows], reduction="none"))
+                bits = bits.index_add(0, going[rows],
+                                      F.cross_entropy(scores, symbols[rows], reduction="none"))
             u = u.index_add(0, going, self.symbol[self.rows[kinds] + symbols])
         return bits / math.log(2)
 
@@ -150,21 +159,27 @@ class ContextModel(nn.Module):
     @classmethod
     def of_network(cls, network):
         "From a trained network."
-        def weight(w): return (w.detach().double() * 2**WEIGHT).round().clamp(-2**15 + 1, 2**15 - 1).short()
-        def activation(b): return (b.detach().double() * 2**ACTIVATION).round().clamp(-2**15 + 1, 2**15 - 1).short()
-        def sums(b, bits): return (b.detach().double() * 2.0**bits).round().clamp(-2**40, 2**40).long()
+        def weight(w):
+            return (w.detach().double() * 2**WEIGHT).round().clamp(-2**15 + 1, 2**15 - 1).short()
+        def activation(b):
+            return ((b.detach().double() * 2**ACTIVATION).round()
+                    .clamp(-2**15 + 1, 2**15 - 1).short())
+        def sums(b, bits):
+            return (b.detach().double() * 2.0**bits).round().clamp(-2**40, 2**40).long()
         first = list(network.first)
         bias = torch.zeros(len(network.rate), sum(b[0].numel() for b in network.bias))
         for b, tables in zip(network.bias, network.kinds):
             bias[:, network.starts[tables][:, None] + torch.arange(b.shape[-1])] = b
         return cls(dict(
             scale=torch.tensor(network.scale, dtype=torch.float64),
-            project=weight(network.project.weight.T), project_bias=sums(network.project.bias, INPUT + WEIGHT),
+            project=weight(network.project.weight.T),
+            project_bias=sums(network.project.bias, INPUT + WEIGHT),
             first=weight(torch.stack([layer.weight.T for layer in first])),
             first_bias=sums(torch.stack([layer.bias for layer in first]), ACTIVATION + WEIGHT),
             mid=weight(network.mid.weight.T), mid_bias=sums(network.mid.bias, ACTIVATION + WEIGHT),
             symbol=activation(network.symbol), table=activation(network.table),
-            rate=activation(network.rate), place=activation(network.place), kind=network.kind.int(), rows=network.rows.int(),
+            rate=activation(network.rate), place=activation(network.place),
+            kind=network.kind.int(), rows=network.rows.int(),
             out=weight(network.out), out_bias=sums(bias, ACTIVATION + WEIGHT).int()))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -191,21 +206,25 @@ class ContextTables(FixedTables):
         super().__init__(bottleneck)
         self.numbers, self.point, self.certain = context.arrays(), bottleneck.rate_point, True
         self.kind, first = (self.numbers[name].astype(int) for name in ("kind", "rows"))
-        self.rows = np.concatenate([first[k] + np.arange(n) for k, n in zip(self.kind, np.diff(self.starts))])
-        self.exact, self.length = copy.deepcopy(bottleneck).cpu().double().eval(), code_length(bottleneck)
+        self.rows = np.concatenate([first[k] + np.arange(n)
+                                    for k, n in zip(self.kind, np.diff(self.starts))])
+        self.exact, self.length = (copy.deepcopy(bottleneck).cpu().double().eval(),
+                                   code_length(bottleneck))
 
     def passes(self, height: int, width: int) -> list[np.ndarray]:
         "The codes of a grid from coarse to fine."
         order = coarse_to_fine(height, width).ravel()
         self.order, self.new, self.place = order, None, place(height, width)
-        self.features = np.zeros((height + 2 * REACH, width + 2 * REACH, self.numbers["project"].shape[1] + 1))
+        self.features = np.zeros((height + 2 * REACH, width + 2 * REACH,
+                                  self.numbers["project"].shape[1] + 1))
         return [np.flatnonzero(order == number) for number in np.unique(order)]
 
     def start(self, values: np.ndarray, rows: np.ndarray, height: int, width: int) -> None:
         "Look at the neighbours of the codes `rows`."
         if self.new is not None:
             i, j = self.new // width + REACH, self.new % width + REACH
-            self.features[i, j, :-1], self.features[i, j, -1] = self.look(values[self.new]), 2**ACTIVATION
+            self.features[i, j, :-1], self.features[i, j, -1] = (self.look(values[self.new]),
+                                                                 2**ACTIVATION)
         parts = np.split(rows, range(TOGETHER, len(rows), TOGETHER))
         parts = [self.around(part, self.order[rows[0]], width) for part in parts]
         self.known, self.new = np.concatenate(parts), rows
@@ -214,7 +233,8 @@ class ContextTables(FixedTables):
         "What the neighbours of the codes `rows`, of pass `number`, say: [n, hidden]."
         n, i, j = self.numbers, rows // width + REACH, rows % width + REACH
         x = np.zeros((len(rows), n["first"].shape[1]))
-        if number: x = np.concatenate([self.features[i + a, j + b] for a, b in neighbours(number)], 1)
+        if number:
+            x = np.concatenate([self.features[i + a, j + b] for a, b in neighbours(number)], 1)
         hidden = _layer(x, n["first"][number], n["first_bias"][number], WEIGHT).clip(0, LIMIT)
         return _layer(hidden, n["mid"], n["mid_bias"], WEIGHT) + n["place"][self.place[rows]]
 
@@ -223,24 +243,29 @@ class ContextTables(FixedTables):
         "Symbols [n, T] of complete codes to their features [n, r], and whether rounding was certain."
         values = np.pad(values, ((0, 0), (0, self.length - values.shape[1])))
         single = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)                               # some bottlenecks divide integers
+        torch.set_default_dtype(torch.float64)  # some bottlenecks divide integers
         try: signals = self.exact.decode_signals(self.exact.from_symbols(torch.from_numpy(values)))
         finally: torch.set_default_dtype(single)
-        x = signals.double().numpy() * (float(self.numbers["scale"]) * 2**INPUT) + 0.2718  # no level lies on a border
+        # no level lies on a border
+        x = signals.double().numpy() * (float(self.numbers["scale"]) * 2**INPUT) + 0.2718
         margin = 2**14 * torch.finfo(signals.dtype).eps * max(1.0, np.abs(x).max())
         self.certain &= bool((np.abs(x - np.round(x)) > margin).all())
         x = np.floor(x).clip(-2**15, 2**15)
-        features = _layer(x, self.numbers["project"], self.numbers["project_bias"], INPUT + WEIGHT - ACTIVATION)
+        features = _layer(x, self.numbers["project"], self.numbers["project_bias"],
+                          INPUT + WEIGHT - ACTIVATION)
         return features.clip(-LIMIT, LIMIT)
 
     def table(self, table: int, rows: np.ndarray, path: np.ndarray) -> np.ndarray:
         "Frequencies [n, K] of the next symbol of the codes `rows` of the group, one row for each."
         n, places = self.numbers, slice(self.starts[table], self.starts[table + 1])
         before = n["symbol"][self.rows[path]].sum(1)
-        v = (self.known[rows] + n["table"][self.kind[table]] + n["rate"][self.point] + before).clip(0, LIMIT)
-        scores = _layer(v, n["out"][self.rows[places]].T, n["out_bias"][self.point, places], ACTIVATION + WEIGHT - SCORE)
+        v = (self.known[rows] + n["table"][self.kind[table]] + n["rate"][self.point]
+             + before).clip(0, LIMIT)
+        scores = _layer(v, n["out"][self.rows[places]].T, n["out_bias"][self.point, places],
+                        ACTIVATION + WEIGHT - SCORE)
         scores = scores.astype(np.int64)
-        return frequencies(EXPONENTIAL[np.minimum(scores.max(1, keepdims=True) - scores, len(EXPONENTIAL) - 1)])
+        return frequencies(EXPONENTIAL[np.minimum(scores.max(1, keepdims=True) - scores,
+                                                  len(EXPONENTIAL) - 1)])
 
 # %% ../nbs/17_context.ipynb #0020
 def fit_context(
@@ -256,7 +281,7 @@ def fit_context(
     "Fit a context model, in place of what was fitted before. `ValueError` without fitted tables."
     from tqdm import tqdm
     bottleneck = copy.deepcopy(model.bottleneck).cpu().eval()
-    _ = bottleneck.rate_point                                                # an error here says how to fit tables
+    _ = bottleneck.rate_point  # an error here says how to fit tables
     points = bottleneck.rate_points.tolist()
     codes = [_values(model, images, weight) for weight in points]
     bottleneck.rate_weight, (h, w) = points[0], codes[0][1]
@@ -265,11 +290,14 @@ def fit_context(
         def signals(values):
             decoded = bottleneck.decode_signals(bottleneck.from_symbols(values.flatten(0, 1)))
             return decoded.detach().float().view(len(values), h, w, -1)
-        network = _Network(bottleneck, signals(codes[0][0][:max(1, 20_000 // (h * w))]), hidden, features)
+        network = _Network(bottleneck, signals(codes[0][0][:max(1, 20_000 // (h * w))]), hidden,
+                           features)
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=steps, pct_start=0.1)
         for step in tqdm(range(steps), disable=not progress):
-            bottleneck.rate_weight, values = points[step % len(points)], codes[step % len(points)][0]
+            bottleneck.rate_weight, values = (points[step % len(points)],
+                                              codes[step % len(points)][0])
             values = values[torch.randint(len(values), (max(1, 4096 // (h * w)),))]
             optimizer.zero_grad()
             network(bottleneck, signals(values), values, step % len(points)).mean().backward()
@@ -301,9 +329,11 @@ def context_bits(
     codes,            # over [B, h, w], as `model.encode` gives them
 ) -> Tensor:          # float64 [B], ideal bits of each image
     "What codes cost with the context model. `ValueError` where none was fitted."
-    if model.context is None: raise ValueError("the model has no context model: call fit_context(model, images)")
+    if model.context is None:
+        raise ValueError("the model has no context model: call fit_context(model, images)")
     bottleneck, (B, h, w) = model.bottleneck, model.bottleneck._flat(codes)[1]
     tables = model.context.tables(bottleneck)
     values = bottleneck.symbols(codes)[0].cpu().numpy().reshape(B, h * w, -1)
-    bits = [walk(bottleneck, tables, h, w, lambda rows, t, f, own=own: own[rows, t])[1] for own in values]
+    bits = [walk(bottleneck, tables, h, w, lambda rows, t, f, own=own: own[rows, t])[1]
+            for own in values]
     return torch.tensor(bits, dtype=torch.float64)

@@ -32,11 +32,11 @@ from .models import Autoencoder
 @torch.no_grad()
 def rate_curve(
     model: Autoencoder,  # in eval mode afterwards
-    train: Iterable[Tensor] | None,  # batches of training images [B, 3, H, W] that tables are fitted on at each setting; None: as they are
+    train: Iterable[Tensor] | None,  # training batches [B, 3, H, W], for tables; None: as they are
     test: Iterable[Tensor],  # batches of held-out images
     settings: list[dict],  # one point each: attributes of the bottleneck and their values
     name: str = "",  # of the method, for the first column
-) -> pd.DataFrame:  # a row for each point and image: method, point, image, bpp (coded), bpp_ideal, mse, ssim
+) -> pd.DataFrame:  # a row a point and image: method, point, image, bpp (coded), bpp_ideal, mse, ssim
     "Bits and error of every image at every setting. `ValueError` where the codes have no finite alphabet."
     rows, bottleneck = [], model.eval().bottleneck
     for point, setting in enumerate(settings):
@@ -50,8 +50,10 @@ def rate_curve(
                 ideal = bottleneck.code_bits(codes).flatten(1).sum(1)
                 streams = codes_to_streams(model, codes, x.shape[-2:])
                 for i in range(len(x)):
-                    rows.append(dict(method=name, point=point, image=len(rows), bpp=8 * len(streams[i]) / pixels,
-                                     bpp_ideal=float(ideal[i]) / pixels, mse=float((x[i].double() - y[i]).square().mean())))
+                    rows.append(dict(method=name, point=point, image=len(rows),
+                                     bpp=8 * len(streams[i]) / pixels,
+                                     bpp_ideal=float(ideal[i]) / pixels,
+                                     mse=float((x[i].double() - y[i]).square().mean())))
                 for row, value in zip(rows[-len(x):], ssim(x, y)): row["ssim"] = float(value)
         finally:
             for key, value in before.items(): setattr(bottleneck, key, value)
@@ -71,7 +73,8 @@ def payload(
     "The coded picture without header and container: JPEG's scan, WebP's VP8 chunk, AVIF's mdat box."
     if data[:2] == b"\xff\xd8":
         start = data.rindex(b"\xff\xda")
-        return len(data) - start - 2 - int.from_bytes(data[start + 2:start + 4], "big") - 2    # less the end marker
+        # less the end marker
+        return len(data) - start - 2 - int.from_bytes(data[start + 2:start + 4], "big") - 2
     if data[:4] == b"RIFF": return int.from_bytes(data[16:20], "little")
     at = data.index(b"mdat")
     return int.from_bytes(data[at - 4:at], "big") - 8
@@ -80,7 +83,7 @@ def payload(
 def file_curve(
     images: Tensor,  # [n, 3, H, W] in [0, 1]
     kind: str,  # "jpeg", "webp" or "avif"
-) -> pd.DataFrame:  # like `rate_curve`, with bpp of whole files and bpp_ideal of the coded data alone
+) -> pd.DataFrame:  # like `rate_curve`: bpp of whole files, bpp_ideal of the coded data alone
     "Bits and error of every image as a file, at every quality of `CODECS`."
     from PIL import Image
     rows = []
@@ -91,7 +94,8 @@ def file_curve(
             y = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) / 255
             area = x.shape[-2] * x.shape[-1]
             rows.append(dict(method=kind, point=point, image=i, bpp=8 * len(file.getvalue()) / area,
-                             bpp_ideal=8 * payload(file.getvalue()) / area, mse=float((x.double() - y).square().mean()),
+                             bpp_ideal=8 * payload(file.getvalue()) / area,
+                             mse=float((x.double() - y).square().mean()),
                              ssim=float(ssim(x[None], y[None]))))
     return pd.DataFrame(rows)
 
@@ -115,7 +119,8 @@ def psnr_at(
     rate: float,  # bits a pixel
 ) -> float:  # dB; NaN outside the range of the curve
     "PSNR at a rate, linear in the logarithm of the rate between two points."
-    return float(np.interp(math.log(rate), np.log(points[:, 0]), points[:, 1], left=np.nan, right=np.nan))
+    return float(np.interp(math.log(rate), np.log(points[:, 0]), points[:, 1],
+                           left=np.nan, right=np.nan))
 
 # %% ../nbs/16_evidence.ipynb #d9c70e54
 def bjontegaard(
@@ -129,7 +134,8 @@ def bjontegaard(
         x = np.linspace(low, high, 1001)
         return float(np.mean(np.interp(x, x1, y1) - np.interp(x, x2, y2)))
     a, b = np.log(ours[:, 0]), np.log(theirs[:, 0])
-    return gap(a, ours[:, 1], b, theirs[:, 1]), 100 * (math.exp(gap(ours[:, 1], a, theirs[:, 1], b)) - 1)
+    return (gap(a, ours[:, 1], b, theirs[:, 1]),
+            100 * (math.exp(gap(ours[:, 1], a, theirs[:, 1], b)) - 1))
 
 # %% ../nbs/16_evidence.ipynb #43223340
 def bootstrap_difference(
@@ -139,12 +145,14 @@ def bootstrap_difference(
     bits: str = "bpp",  # or "bpp_ideal"
     draws: int = 400,
     seed: int = 0,
-) -> tuple[float, float, float]:  # PSNR of ours less that of theirs in dB, and the ends of its 95 % interval
+) -> tuple[float, float, float]:  # PSNR of ours less theirs, dB, and the ends of its 95 % interval
     "Difference at a rate with its bootstrap interval over images. NaN where a curve does not reach the rate."
     n, generator = ours["image"].nunique(), np.random.default_rng(seed)
-    def gap(images): return psnr_at(curve(ours, bits, images), rate) - psnr_at(curve(theirs, bits, images), rate)
+    def gap(images):
+        return psnr_at(curve(ours, bits, images), rate) - psnr_at(curve(theirs, bits, images), rate)
     gaps = [gap(generator.integers(n, size=n)) for _ in range(draws)]
-    return (gap(np.arange(n)), *np.nanquantile(gaps, [0.025, 0.975])) if not np.isnan(gaps).all() else (math.nan,) * 3
+    return ((gap(np.arange(n)), *np.nanquantile(gaps, [0.025, 0.975]))
+            if not np.isnan(gaps).all() else (math.nan,) * 3)
 
 # %% ../nbs/16_evidence.ipynb #de6ce0eb
 @torch.no_grad()
@@ -162,7 +170,8 @@ def context_gain(
     before = {key: getattr(bottleneck, key) for setting in settings for key in setting}
     for key, value in settings[0].items(): setattr(bottleneck, key, value)
     weights = [setting["rate_weight"] for setting in settings]
-    bottleneck.rate_points, bottleneck.table_counts = bottleneck.rate_points[:0], bottleneck.table_counts[:0]
+    bottleneck.rate_points, bottleneck.table_counts = (bottleneck.rate_points[:0],
+                                                       bottleneck.table_counts[:0])
     model.fit_tables([as_floats(x) for x in train], weights)
     with torch.enable_grad(): context = fit_context(model, [as_floats(x) for x in train], steps)
     for point, setting in enumerate(settings):
@@ -206,22 +215,30 @@ def what_it_costs(
     bottleneck, x = model.eval().bottleneck, as_floats(images)
     latents, codes = model.latents(x), model.encode(x)
     streams = codes_to_streams(model, codes, x.shape[-2:])
-    work = {"search": lambda: bottleneck.encode(latents), "encode": lambda: model.encode(x), "decode": lambda: model.decode(codes),
-            "codes to bytes": lambda: codes_to_streams(model, codes, x.shape[-2:]), "decompress": lambda: model.decompress(streams)}
+    work = {"search": lambda: bottleneck.encode(latents), "encode": lambda: model.encode(x),
+            "decode": lambda: model.decode(codes),
+            "codes to bytes": lambda: codes_to_streams(model, codes, x.shape[-2:]),
+            "decompress": lambda: model.decompress(streams)}
     def seconds(job):
         start = time.perf_counter()
         job()
         return time.perf_counter() - start
-    times = pd.DataFrame([{name: seconds(job) for name, job in work.items()} for _ in range(rounds)]).median()
+    times = pd.DataFrame([{name: seconds(job) for name, job in work.items()}
+                          for _ in range(rounds)]).median()
     count = lambda module: sum(p.numel() for p in module.parameters())
-    return {"candidates": bottleneck.candidates, **{f"{name}, ms": 1000 * t / len(x) for name, t in times.items()},
-            "bits/pixel": sum(8 * len(s) for s in streams) / x[:, 0].numel(), "networks": count(model) - count(bottleneck),
-            "entries": bottleneck.num_entries * bottleneck.signal_dim if bottleneck.candidates else 0,
+    return {"candidates": bottleneck.candidates,
+            **{f"{name}, ms": 1000 * t / len(x) for name, t in times.items()},
+            "bits/pixel": sum(8 * len(s) for s in streams) / x[:, 0].numel(),
+            "networks": count(model) - count(bottleneck),
+            "entries": (bottleneck.num_entries * bottleneck.signal_dim
+                        if bottleneck.candidates else 0),
             "tables": int(bottleneck.table_counts.shape[1]),
-            "context": 0 if model.context is None else sum(b.numel() for b in model.context.buffers())}
+            "context": (0 if model.context is None
+                        else sum(b.numel() for b in model.context.buffers()))}
 
 # %% ../nbs/16_evidence.ipynb #bdd06d09
-COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8", "train.learning_rate=2e-3", "train.beta2=0.99", "train.pictures=0",
+COMMON = ["data=celeba", "data.batch_size=16", "train.max_epochs=8",
+          "train.learning_rate=2e-3", "train.beta2=0.99", "train.pictures=0",
           "model.num_hiddens=64", "model.downsampling_factor=8"]
 COUNTED = ["model.rate_weight=0.15", "model.commitment_cost=0.05"]
 STAGES = ["model.num_embeddings=512", "model.num_quantizers=6", "model.num_codebooks=4"]
@@ -233,17 +250,21 @@ RECIPES = {  # name -> overrides of `laser_train`
     "fsq": [*COMMON, "model=fsqvae", "model.levels=8x8x8x5x5x5"],
     "fsq-small": [*COMMON, "model=fsqvae", "model.levels=8x5x5x5"],
     "rvq": [*COMMON, "model=rvqvae", *STAGES, *COUNTED],
-    "rvq-fixed": [*COMMON, "model=rvqvae", *STAGES, "model.stage_dropout=0.5", "model.commitment_cost=0.05"],
+    "rvq-fixed": [*COMMON, "model=rvqvae", *STAGES, "model.stage_dropout=0.5",
+                  "model.commitment_cost=0.05"],
     "gsvq": [*COMMON, "model=gsvqvae", *STAGES, *COUNTED],
-    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=96", "model.sparsity_level=12", "model.init=pca", *COUNTED],
-    "dl-fixed": [*COMMON, "model=dlvae", "model.num_embeddings=512", "model.sparsity_level=4", "model.coefficient_bits=5", "model.commitment_cost=0.05"],
+    "dl": [*COMMON, "model=dlvae", "model.num_embeddings=96", "model.sparsity_level=12",
+           "model.init=pca", *COUNTED],
+    "dl-fixed": [*COMMON, "model=dlvae", "model.num_embeddings=512", "model.sparsity_level=4",
+                 "model.coefficient_bits=5", "model.commitment_cost=0.05"],
     "scalar": [*COMMON, "model=scalar", "model.rate_weight=0.05"],
     "ae-layers": [*COMMON, "model=ae", "model.linear_path=false"],    # what the linear path brings
 }
 
 # %% ../nbs/16_evidence.ipynb #06424da2
 RATE_WEIGHTS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-WEIGHTS, BEAM = [dict(rate_weight=w) for w in RATE_WEIGHTS], [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[1:]]
+WEIGHTS, BEAM = ([dict(rate_weight=w) for w in RATE_WEIGHTS],
+                 [dict(rate_weight=w, beam=4) for w in RATE_WEIGHTS[1:]])
 CURVES = {  # name -> its recipe and the settings of its points
     "vq": ("vq", [dict(rate_weight=w) for w in (0.0, 0.12, 0.5)]),
     "rvq": ("rvq", WEIGHTS),
@@ -259,10 +280,14 @@ CURVES = {  # name -> its recipe and the settings of its points
     "fsq, 1000 entries": ("fsq-small", [dict()]),
     "scalar": ("scalar", [dict(rate_weight=w) for w in (0.0125, 0.025, 0.05, 0.1, 0.2)]),
 }
-CEILINGS = {"no bottleneck": "ae", "no bottleneck, no linear path": "ae-layers"}   # what the networks alone reach: no bits
-CONTEXT = {f"{name}, context": (CURVES[name][0], CURVES[name][1][-5:-1]) for name in ("rvq", "gsvq", "dl", "rvq, beam 4", "gsvq, beam 4")}
+# what the networks alone reach: no bits
+CEILINGS = {"no bottleneck": "ae", "no bottleneck, no linear path": "ae-layers"}
+CONTEXT = {f"{name}, context": (CURVES[name][0], CURVES[name][1][-5:-1])
+           for name in ("rvq", "gsvq", "dl", "rvq, beam 4", "gsvq, beam 4")}
 SEEDS = {"rvq": (0, 1, 2), "gsvq": (0, 1, 2), "dl": (0, 1, 2)}   # of a curve; 0 for every other
-SHIPPED = {"vq": [0.0], "rvq": [0.06, 0.25, 0.8], "gsvq": [0.06, 0.25, 0.8], "dl": [0.06, 0.25, 0.8]}   # rate weights of each model that ships
+# rate weights of each model that ships
+SHIPPED = {"vq": [0.0], "rvq": [0.06, 0.25, 0.8], "gsvq": [0.06, 0.25, 0.8],
+           "dl": [0.06, 0.25, 0.8]}
 
 
 # %% ../nbs/16_evidence.ipynb #5c5a5425
@@ -278,7 +303,7 @@ def curve_file(
 def measure(
     name: str,  # in `CURVES`, `CONTEXT`, `CEILINGS` or `CODECS`
     run: str | Path | None,  # folder of the run of its recipe; None for image files
-    train: int = 600,  # training faces that tables are fitted on; four times as many for a context model
+    train: int = 600,  # training faces for the tables; for a context model four times as many
     test: int = 300,  # test faces; 100 for a context model
     batch: int = 25,  # images coded at a time
 ) -> pd.DataFrame:  # of `rate_curve`
@@ -286,13 +311,16 @@ def measure(
     from laser.checkpoints import find_checkpoint
     from laser.data import CelebA
     from laser.models import load_pretrained
-    batches = lambda images: [images.batch(range(i, min(i + batch, len(images)))) for i in range(0, len(images), batch)]
+    batches = lambda images: [images.batch(range(i, min(i + batch, len(images))))
+                              for i in range(0, len(images), batch)]
     faces = batches(CelebA(split="test", size=128, limit=test))
     if name in CODECS: return file_curve(as_floats(torch.cat(faces)), name)
     model = load_pretrained(find_checkpoint(run, "best"))
     if name in CEILINGS: return ceiling(model, faces, name)
     known = batches(CelebA(split="train", size=128, limit=4 * train if name in CONTEXT else train))
-    if name in CONTEXT: return context_gain(model, known, faces[:max(1, test // 3 // batch)], CONTEXT[name][1], name)
+    if name in CONTEXT:
+        return context_gain(model, known, faces[:max(1, test // 3 // batch)], CONTEXT[name][1],
+                            name)
     return rate_curve(model, known, faces, CURVES[name][1], name)
 
 # %% ../nbs/16_evidence.ipynb #52619667
@@ -315,10 +343,12 @@ def measure_costs(
         model = load_pretrained(find_checkpoint(run, "best")).eval()
         bottleneck = model.bottleneck
         for key, value in settings[len(settings) // 2].items(): setattr(bottleneck, key, value)
-        bottleneck.rate_points, bottleneck.table_counts = bottleneck.rate_points[:0], bottleneck.table_counts[:0]
+        bottleneck.rate_points, bottleneck.table_counts = (bottleneck.rate_points[:0],
+                                                           bottleneck.table_counts[:0])
         model.fit_tables(known)
         if name in CONTEXT: fit_context(model, known, steps=60)
-        rows.append({"curve": name, "threads": torch.get_num_threads(), **what_it_costs(model, faces)})
+        rows.append({"curve": name, "threads": torch.get_num_threads(),
+                     **what_it_costs(model, faces)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/16_evidence.ipynb #c38c0fb6
@@ -329,8 +359,9 @@ def train_recipe(
 ) -> Path:  # folder of the run
     "Train a recipe, go on with it where it was stopped, or find that it is done. `CalledProcessError` where it fails."
     run = Path(runs) / f"{name}-s{seed}"
-    subprocess.run([sys.executable, "-c", "from laser.cli import train; train()", f"recipe={name}", f"seed={seed}",
-                    f"output_dir={run}", f"hydra.run.dir={run}/hydra", "train.resume=auto"], check=True)
+    subprocess.run([sys.executable, "-c", "from laser.cli import train; train()",
+                    f"recipe={name}", f"seed={seed}", f"output_dir={run}",
+                    f"hydra.run.dir={run}/hydra", "train.resume=auto"], check=True)
     return run
 
 def repeat_all(
@@ -345,7 +376,8 @@ def repeat_all(
         target = curve_file(results, name, seed)
         if target.exists(): continue
         table = measure(name, train_recipe(known[name], seed, runs) if name in known else None)
-        table.round({"bpp": 5, "bpp_ideal": 5, "bpp_context": 5, "mse": 8, "ssim": 4}).to_csv(target.with_suffix(".part"), index=False, compression="gzip")
+        table.round({"bpp": 5, "bpp_ideal": 5, "bpp_context": 5, "mse": 8, "ssim": 4}).to_csv(
+            target.with_suffix(".part"), index=False, compression="gzip")
         os.replace(target.with_suffix(".part"), target)
         print(f"{name}, seed {seed}: measured", flush=True)
     costs = Path(results).parent / "costs.csv"
@@ -383,7 +415,7 @@ purposes only. Use the weights for non-commercial research only. The code of LAS
 def smallest(
     name: str,  # of a tensor in a file
     x: Tensor,
-) -> dict[str, Tensor]:  # what stands for it: half precision or few bits where that changes no number
+) -> dict[str, Tensor]:  # what stands for it: half precision or few bits where no number changes
     "A tensor as it is stored. Where few integers need more than 16 bits, they stand beside it as pairs of place and value."
     from laser.models import LARGE
     if x.is_floating_point(): return {name: x.half() if torch.equal(x.half().to(x.dtype), x) else x}
@@ -416,14 +448,15 @@ def round_networks(
 ) -> Autoencoder:
     "Round weights and codebooks to half precision, but not dictionaries, and not what does not fit."
     for name, x in model.state_dict().items():
-        if x.is_floating_point() and "dictionar" not in name and x.half().isfinite().all(): x.copy_(x.half())
+        if x.is_floating_point() and "dictionar" not in name and x.half().isfinite().all():
+            x.copy_(x.half())
     return model
 
 # %% ../nbs/16_evidence.ipynb #f405643e
 def ship_model(
     run: str | Path,  # folder of a training run
     folder: str | Path,  # of the shipped model; its name is the model's
-    rate_weights: list[float],  # rate points that it gets tables for; the one in the middle is its own
+    rate_weights: list[float],  # rate points that it gets tables for; the middle one is its own
     train: int = 1000,  # training faces that tables are fitted on
     test: int | None = 300,  # test faces; None: all
     batch: int = 25,  # images coded at a time
@@ -438,32 +471,43 @@ def ship_model(
     from laser.training import stored_config
     folder, checkpoint = Path(folder), find_checkpoint(run, "best")
     own = dict(rate_weight=rate_weights[len(rate_weights)//2])
-    model, config = round_networks(Autoencoder.from_pretrained(checkpoint, **own)), stored_config(checkpoint)
+    model, config = (round_networks(Autoencoder.from_pretrained(checkpoint, **own)),
+                     stored_config(checkpoint))
     size = config.data.image_size
     def batches(split, limit):
         images = CelebA(split=split, size=size, limit=limit)
-        return [images.batch(range(i, min(i + batch, len(images)))) for i in range(0, len(images), batch)]
+        return [images.batch(range(i, min(i + batch, len(images))))
+                for i in range(0, len(images), batch)]
     faces, held_out = batches("train", train), batches("test", test)
     settings = [dict(rate_weight=w) for w in rate_weights]
     bottleneck = model.bottleneck
-    bottleneck.rate_points, bottleneck.table_counts = bottleneck.rate_points[:0], bottleneck.table_counts[:0]    # those of training
+    # the tables that training counted give way
+    bottleneck.rate_points, bottleneck.table_counts = (bottleneck.rate_points[:0],
+                                                       bottleneck.table_counts[:0])
     model.fit_tables([as_floats(x) for x in faces], rate_weights)
     store_small(model, folder)
     table = rate_curve(load_pretrained(folder), None, held_out, settings, folder.name)
-    means = table.assign(psnr=-10*np.log10(table["mse"])).groupby("point")[["bpp", "psnr", "ssim", "mse"]].mean()
-    results = [dict(setting, bits_per_pixel=round(m.bpp, 4), psnr=round(m.psnr, 3), psnr_of_mean_mse=round(-10*math.log10(m.mse), 3),
-                    ssim=round(m.ssim, 4)) for setting, m in zip(settings, means.itertuples())]
+    means = table.assign(psnr=-10*np.log10(table["mse"])).groupby("point")[
+        ["bpp", "psnr", "ssim", "mse"]].mean()
+    results = [dict(setting, bits_per_pixel=round(m.bpp, 4), psnr=round(m.psnr, 3),
+                    psnr_of_mean_mse=round(-10*math.log10(m.mse), 3), ssim=round(m.ssim, 4))
+               for setting, m in zip(settings, means.itertuples())]
     free = load_pretrained(folder)
     with torch.no_grad(): again = free(pictures := sample_images(size)).reconstruction
-    sample = dict(psnr=float(psnr(again, pictures).mean()), bytes=sum(map(len, free.compress(pictures))))   # for a test
+    # what a test of the shipped model compares with
+    sample = dict(psnr=float(psnr(again, pictures).mean()),
+                  bytes=sum(map(len, free.compress(pictures))))
     about = dict(results=results, sample=sample, test_images=int(table["image"].nunique()),
-                 data=CelebA(split="train", size=size).label, run=dict(seed=config.seed, bottleneck=model.bottleneck.name))
+                 data=CelebA(split="train", size=size).label,
+                 run=dict(seed=config.seed, bottleneck=model.bottleneck.name))
     (folder/"results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder/"LICENSE").write_text(TERMS, encoding="utf-8")
     steps = int(checkpoint.resolve().name.split("-")[1])
     (folder/"README.md").write_text(CARD.format(
-        name=folder.name, version=laser.__version__, bottleneck=model.bottleneck.name, data=about["data"], size=size, steps=steps,
-        batch=config.data.batch_size, seed=config.seed, test=about["test_images"], table=pd.DataFrame(results).to_markdown(index=False)), encoding="utf-8")
+        name=folder.name, version=laser.__version__, bottleneck=model.bottleneck.name,
+        data=about["data"], size=size, steps=steps, batch=config.data.batch_size,
+        seed=config.seed, test=about["test_images"],
+        table=pd.DataFrame(results).to_markdown(index=False)), encoding="utf-8")
     return table
 
 # %% ../nbs/16_evidence.ipynb #6791f6d0
