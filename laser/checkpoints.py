@@ -43,7 +43,8 @@ def remove(
 def write_beside(
     path: str | Path,  # file or folder to make or replace; its folder must exist
 ) -> Iterator[Path]:
-    "`with write_beside(path) as new:` make the file or folder `new`; at the end it is `path`. After an error nothing has changed."
+    """`with write_beside(path) as new:` make the file or folder `new`; at the end it is `path`.
+    After an error nothing has changed."""
     path = Path(path)
     new, old = (path.with_name(f".{path.name}.{word}") for word in ("writing", "old"))
     # a process was killed between the two moves below
@@ -67,7 +68,8 @@ def write_beside(
 def files_into(
     folder: str | Path,  # made if it is not there
 ) -> Iterator[Path]:
-    "`with files_into(folder) as new:` make files in `new`; at the end they are in `folder`, after an error none of them is."
+    """`with files_into(folder) as new:` make files in `new`; at the end they are in `folder`, after
+    an error none of them is."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as new:
@@ -95,7 +97,8 @@ _claimed = set()  # folders that this process has claimed
 def claim(
     folder: str | Path,  # made if it is not there
 ) -> Iterator[None]:
-    "`with claim(folder):` no other process that claims it works there; `FolderInUse` says who does."
+    """`with claim(folder):` no other process that claims it works there; `FolderInUse` says who
+    does."""
     folder = Path(folder).resolve()
     if folder in _claimed:     # a command claims for all its runs: the run within it has it already
         yield
@@ -158,7 +161,8 @@ INDEX, STEP_NAME = "checkpoints.json", re.compile(r"step-(\d{8,12})")
 def read_index(
     folder: Path,  # of checkpoints
 ) -> dict:  # last (a name or None), best (likewise), values (name -> number), made (names)
-    "What checkpoints.json says; `ValueError` if it is damaged or names anything but a checkpoint of this folder."
+    """What checkpoints.json says; `ValueError` if it is damaged or names anything but a checkpoint
+    of this folder."""
     path = folder/INDEX
     advice = ("delete it, and resume from one checkpoint by name, such as "
               f"train.resume={folder/'step-00000100'}")
@@ -177,8 +181,57 @@ def read_index(
             raise ValueError(f"{path} is damaged ({name!r:.80} is no checkpoint's name): {advice}")
     return index
 
+# %% ../nbs/09_checkpoints.ipynb #5c35baa2
+class _Index:
+    "Which checkpoints there are, how good each is, and the file that says so."
+    @property
+    def best(self) -> Optional[str]:
+        "Name of the best checkpoint; None before the first validation."
+        return self.ranked()[0] if self.values else None
+
+    def ranked(self) -> list[str]:
+        "Names of the validated checkpoints, best first; of equals the older."
+        sign = 1 if self.mode == "min" else -1
+        return sorted(self.values, key=lambda name: (sign*self.values[name], name))
+
+    def forget_after(self, step: int) -> None:
+        "Drop what was noted after a step, when a run goes back to it."
+        self.values = {k: v for k, v in self.values.items() if k <= f"step-{step:08d}"}
+
+    def write_index(self) -> None:
+        "Bring checkpoints.json up to date."
+        values = dict(last=self.last, best=self.best, monitor=self.monitor, mode=self.mode,
+                      values=self.values, made=self.made)
+        with write_beside(self.folder/INDEX) as new:
+            new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+# %% ../nbs/09_checkpoints.ipynb #1ac76b87
+class _Places:
+    "The folders and links on the disk, brought in step with the index."
+    def clean(self, kept: Optional[set[str]] = None) -> None:
+        """Remove the folders of this run that are not kept (by default: that are neither ranked nor
+        the last), and what a kill left of them."""
+        kept = {*self.values, self.last} if kept is None else kept
+        for name in self.made:
+            old = self.folder/f".{name}.old"
+            if name in kept and old.exists() and not (self.folder/name).exists():
+                os.replace(old, self.folder/name)
+            for place in (f".{name}.writing", f".{name}.old", *([] if name in kept else [name])):
+                shutil.rmtree(self.folder/place, ignore_errors=True)
+        self.made = sorted(kept.intersection(self.made))
+
+    def link(self, link: str, target: Optional[str]) -> None:
+        """Point a link at a checkpoint; systems without links do without, and anything else of that
+        name stays."""
+        if target is None or (os.path.lexists(self.folder/link)
+                              and not (self.folder/link).is_symlink()): return
+        try:
+            with write_beside(self.folder/link) as new:
+                os.symlink(target, new, target_is_directory=True)
+        except OSError: pass
+
 # %% ../nbs/09_checkpoints.ipynb #0037
-class Checkpoints:
+class Checkpoints(_Index, _Places):
     "The checkpoints of one run."
     def __init__(self,
         folder: str | Path,      # where they go
@@ -195,28 +248,9 @@ class Checkpoints:
             self.last, self.made = index["last"], index["made"]
             self.values = {k: v for k, v in index["values"].items() if (self.folder/k).is_dir()}
 
-    @property
-    def best(self) -> Optional[str]:
-        "Name of the best checkpoint; None before the first validation."
-        return self.ranked()[0] if self.values else None
-
-    def ranked(self) -> list[str]:
-        "Names of the validated checkpoints, best first; of equals the older."
-        sign = 1 if self.mode == "min" else -1
-        return sorted(self.values, key=lambda name: (sign*self.values[name], name))
-
-    def left(self) -> str:
-        "What there is to go back to, for an error."
-        there = self.last and (self.folder/self.last).is_dir()
-        return (f"the last good checkpoint is {self.folder/self.last}" if there
-                else "there is no earlier checkpoint")
-
-    def forget_after(self, step: int) -> None:
-        "Drop what was noted after a step, when a run goes back to it."
-        self.values = {k: v for k, v in self.values.items() if k <= f"step-{step:08d}"}
-
     def save(self, step: int, write: Callable[[Path], None], value: Optional[float] = None) -> None:
-        "Make a checkpoint with `write(folder)`; `value` is the monitored number if the model has just been validated."
+        """Make a checkpoint with `write(folder)`; `value` is the monitored number if the model has
+        just been validated."""
         name = f"step-{step:08d}"
         try:
             # not made again: its links and logs went with it
@@ -242,13 +276,20 @@ class Checkpoints:
         except WRITE_ERRORS as e: raise self.error(name, e) from e
 
     def rewrite(self, name: str, write: Callable[[Path], None]) -> None:
-        "Replace files of a checkpoint with those that `write(folder)` makes; it is the old one or the new one at any time."
+        """Replace files of a checkpoint with those that `write(folder)` makes; it is the old one or
+        the new one at any time."""
         try:
             with write_beside(self.folder/name) as new:
                 shutil.copytree(self.folder/name, new)
                 write(new)
                 write_digests(new)
         except WRITE_ERRORS as e: raise self.error(name, e) from e
+
+    def left(self) -> str:
+        "What there is to go back to, for an error."
+        there = self.last and (self.folder/self.last).is_dir()
+        return (f"the last good checkpoint is {self.folder/self.last}" if there
+                else "there is no earlier checkpoint")
 
     def error(self, name: str, e: Exception) -> CheckpointError:
         "What a person should know who finds the disk full."
@@ -257,33 +298,6 @@ class Checkpoints:
                                f"{getattr(e, 'strerror', None) or e}; {self.left()}. Free some "
                                "space or set checkpoint.dirpath to a folder that can be written, "
                                "then resume")
-
-    def write_index(self) -> None:
-        "Bring checkpoints.json up to date."
-        values = dict(last=self.last, best=self.best, monitor=self.monitor, mode=self.mode,
-                      values=self.values, made=self.made)
-        with write_beside(self.folder/INDEX) as new:
-            new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-    def clean(self, kept: Optional[set[str]] = None) -> None:
-        "Remove the folders of this run that are not kept (by default: that are neither ranked nor the last), and what a kill left of them."
-        kept = {*self.values, self.last} if kept is None else kept
-        for name in self.made:
-            old = self.folder/f".{name}.old"
-            if name in kept and old.exists() and not (self.folder/name).exists():
-                os.replace(old, self.folder/name)
-            for place in (f".{name}.writing", f".{name}.old", *([] if name in kept else [name])):
-                shutil.rmtree(self.folder/place, ignore_errors=True)
-        self.made = sorted(kept.intersection(self.made))
-
-    def link(self, link: str, target: Optional[str]) -> None:
-        "Point a link at a checkpoint; systems without links do without, and anything else of that name stays."
-        if target is None or (os.path.lexists(self.folder/link)
-                              and not (self.folder/link).is_symlink()): return
-        try:
-            with write_beside(self.folder/link) as new:
-                os.symlink(target, new, target_is_directory=True)
-        except OSError: pass
 
 # %% ../nbs/09_checkpoints.ipynb #0044
 def find_checkpoint(
@@ -310,7 +324,8 @@ def load_training_state(
     folder: str | Path,  # one checkpoint
     model: Autoencoder,  # gets the weights
 ) -> dict:  # the rest: optimizer, average, position, watch, slope, rng, scaler
-    "Read what a run saved for resuming; ValueError says what is damaged, or how another model's checkpoint differs."
+    """Read what a run saved for resuming; ValueError says what is damaged, or how another model's
+    checkpoint differs."""
     path = Path(folder)/"training.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} can be evaluated but not resumed: it has no training.pt")

@@ -19,7 +19,8 @@ def first_atoms(
     num_atoms: int,  # K
     generator: torch.Generator,  # draws the signals that become atoms beyond the first M
 ) -> Tensor:  # [M, K], unit norm
-    "Principal axes of the signals, largest first, then directions of random signals. `ValueError` where all are zero."
+    """Principal axes of the signals, largest first, then directions of random signals. `ValueError`
+    where all are zero."""
     # [M, M]
     axes = torch.linalg.eigh((signals.T @ signals).double()).eigenvectors.flip(1).to(signals)
     rows = signals.abs().amax(1).nonzero()[:, 0]
@@ -33,7 +34,8 @@ def optimal_atoms(
     gram: Tensor,  # [K, K], sum over signals of a a^T, a the coefficients of all atoms
     cross: Tensor,  # [M, K], sum over signals of x a^T
 ) -> Tensor:  # [M, K], of any norm; near zero for an atom that was never used
-    "Least-squares atoms for fixed codes: the method of optimal directions. Source: Engan, Aase and Husøy 1999."
+    """Least-squares atoms for fixed codes: the method of optimal directions. Source: Engan, Aase
+    and Husøy 1999."""
     ridge = 1e-6 * gram.double().diagonal().mean() + torch.finfo(torch.float64).tiny
     system = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     return torch.linalg.solve(system, cross.double().T).T.to(cross)
@@ -47,9 +49,11 @@ def fit_dictionary(
     batch: int = 2**15,  # signals coded in a round
     seed: int = 0,  # of all draws
 ) -> DictionaryLearning:  # the same bottleneck
-    """Fit the dictionary of a bottleneck to given signals, by turns with their codes. `ValueError` where all are zero.
+    """Fit the dictionary of a bottleneck to given signals, by turns with their codes. `ValueError`
+    where all are zero.
 
-    Sources: Engan, Aase and Husøy 1999 (MOD); Mairal et al. 2009 (running sums); Aharon et al. 2006 (replacement).
+    Sources: Engan, Aase and Husøy 1999 (MOD); Mairal et al. 2009 (running sums); Aharon et al. 2006
+    (replacement).
     """
     K, generator, training = (bottleneck.num_embeddings, torch.Generator().manual_seed(seed),
                               bottleneck.training)

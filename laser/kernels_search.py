@@ -31,7 +31,8 @@ def _offer(costs, parents, picks, levels, cost, parent, pick, level):
 # %% ../nbs/34_kernels_search.ipynb #0912ecec
 @_jit
 def _best_level(c, prices, step, most):
-    "Level of the gain of an atom whose product with the residual is c, and what it adds to the cost."
+    """Level of the gain of an atom whose product with the residual is c, and what it adds to the
+    cost."""
     sign, size = (1, c) if c >= 0 else (-1, -c)
     q = max(int(min(size / step + 0.5, most)), 1)
     g = q * step
@@ -54,7 +55,8 @@ def _least(x):
 @_jit
 def _expand(c, bound, base, gained, entry_price, level_price, step, parent, costs, parents,
             picks, levels):
-    "Offer the continuations of a hypothesis of cost `base`; c are the products of its residual with the entries."
+    """Offer the continuations of a hypothesis of cost `base`; c are the products of its residual
+    with the entries."""
     last, most = len(costs) - 1, level_price.shape[1] // 2
     if gained:
         for k in range(len(c)): bound[k] = entry_price[k] - c[k] * c[k]
@@ -85,7 +87,8 @@ def _subtract(c, g, row):
 # %% ../nbs/34_kernels_search.ipynb #52fd0677
 @_jit
 def _requantize(t, products, gram, gained, support, level, gain, along, level_price, step):
-    "Atom t is new: choose the gains again, one by one, the others as they are; what that adds to the cost."
+    """Atom t is new: choose the gains again, one by one, the others as they are; what that adds to
+    the cost."""
     most, change, new = level_price.shape[1] // 2, 0.0, support[t]
     along[t] = products[new] - gain[t]
     for j in range(t):
@@ -172,7 +175,8 @@ def search_numba(
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
 ) -> tuple[Tensor, Tensor]:  # indices [N, T] int64, -1 unused, and levels [N, T] int64, 0 if none
-    "`laser.more_bottlenecks.residual_search` in compiled code: the same results but for ties of float rounding."
+    """`laser.more_bottlenecks.residual_search` in compiled code: the same results but for ties of
+    float rounding."""
     T, K = entry_price.shape
     squares = gram.diagonal()
     own = torch.stack([p if g else p + squares[f:f + K]

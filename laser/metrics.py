@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PSNR_CAP', 'HOW_TO_FETCH', 'check_pairs', 'mse', 'per_channel_mse', 'color_distance', 'psnr_of_mse', 'psnr',
            'psnr_of_mean_mse', 'ssim', 'gaussian_blur', 'Lpips', 'load_lpips', 'Fid', 'to_bytes', 'load_fid',
-           'ReconstructionMetrics', 'sum_over_processes']
+           'sum_over_processes', 'ReconstructionMetrics']
 
 # %% ../nbs/08_metrics.ipynb #0003
 import math
@@ -94,7 +94,8 @@ def ssim(
     x: Tensor,      # images [B, 3, H, W] in [0, 1], H and W at least 11
     y: Tensor,      # reconstructions of the same shape
 ) -> Tensor:        # float64 [B], at most 1
-    "Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and windows inside the image"
+    """Structural similarity of each image: Gaussian window, sigma 1.5, mean over channels and
+    windows inside the image"""
     x, y = check_pairs(x, y)
     if min(x.shape[2:]) < 11:
         raise ValueError("SSIM needs images of at least 11x11 pixels, got "
@@ -120,7 +121,8 @@ def gaussian_blur(
 
 # %% ../nbs/08_metrics.ipynb #9ca76e32
 class Lpips(nn.Module):
-    "LPIPS of each image, for values in [0, 1]; always in evaluation mode, without trainable parameters"
+    """LPIPS of each image, for values in [0, 1]; always in evaluation mode, without trainable
+    parameters"""
 
     def __init__(self,
         net: str = "alex",          # "alex" (the usual metric), "vgg" (the usual loss) or "squeeze"
@@ -141,7 +143,8 @@ class Lpips(nn.Module):
         self.network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
-        "Stay in evaluation mode: dropout would make the distance random inside a model that is trained"
+        """Stay in evaluation mode: dropout would make the distance random inside a model that is
+        trained"""
         return super().train(False)
 
     def forward(self,
@@ -167,7 +170,8 @@ def load_lpips(
 
 # %% ../nbs/08_metrics.ipynb #c4ad7371
 class Fid:
-    "Fréchet distance between the Inception features of images and of reconstructions (torchmetrics; extra `fid`)"
+    """Fréchet distance between the Inception features of images and of reconstructions
+    (torchmetrics; extra `fid`)"""
 
     def __init__(self,
         features: nn.Module | None = None,  # uint8 [B, 3, H, W] -> [B, F]; None: FID's Inception v3
@@ -214,17 +218,11 @@ def load_fid(
     except (OSError, ModuleNotFoundError) as error:
         warnings.warn(f"rFID is left out: {error}", stacklevel=2)
 
-# %% ../nbs/08_metrics.ipynb #2555f00c
-class ReconstructionMetrics:
-    "Collects batches of images, reconstructions and codes; `compute` gives every metric by name"
-
-    def __init__(self,
-        bottleneck: Bottleneck | None = None,    # whose codes come, for usage, perplexity and bits
-        lpips: Lpips | None = None,           # from `load_lpips`; None: no such column
-        fid: Fid | None = None,               # from `load_fid`; None: no such column
-    ):
-        self.bottleneck, self.lpips, self.fid = bottleneck, lpips, fid
-        self.reset()
+# %% ../nbs/08_metrics.ipynb #3a75b3c7
+class _Sums:
+    "What is added up over batches"
+    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue",
+             "color_distance", "psnr", "ssim", "lpips")
 
     def reset(self) -> None:
         "Forget all batches"
@@ -232,9 +230,6 @@ class ReconstructionMetrics:
         self.counts = torch.zeros(self.bottleneck.num_entries if self.bottleneck else 0,
                                   dtype=torch.float64)
         if self.fid is not None: self.fid.reset()
-
-    names = ("images", "pixels", "codes", "bits", "mse_red", "mse_green", "mse_blue",
-             "color_distance", "psnr", "ssim", "lpips")
 
     @torch.no_grad()
     def update(self,
@@ -265,6 +260,28 @@ class ReconstructionMetrics:
         for name, value in batch.items(): self.sums[name] += value
         if codes is not None: self.counts += counts
 
+# %% ../nbs/08_metrics.ipynb #0059
+def sum_over_processes(
+    values: Tensor,      # float64, on the CPU
+) -> Tensor:             # the sum over all processes, on the CPU
+    "All-reduce where several processes run; the identity where one does"
+    if not (dist.is_available() and dist.is_initialized()): return values
+    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values)
+    return values.cpu()
+
+# %% ../nbs/08_metrics.ipynb #2555f00c
+class ReconstructionMetrics(_Sums):
+    "Collects batches of images, reconstructions and codes; `compute` gives every metric by name"
+
+    def __init__(self,
+        bottleneck: Bottleneck | None = None,    # whose codes come, for usage, perplexity and bits
+        lpips: Lpips | None = None,           # from `load_lpips`; None: no such column
+        fid: Fid | None = None,               # from `load_fid`; None: no such column
+    ):
+        self.bottleneck, self.lpips, self.fid = bottleneck, lpips, fid
+        self.reset()
+
     def compute(self) -> dict[str, float]:
         "Metric by name, over all batches of all processes"
         own = torch.tensor([self.sums[name] for name in self.names], dtype=torch.float64)
@@ -288,13 +305,3 @@ class ReconstructionMetrics:
                         "bits_per_pixel": self.bottleneck.bits_per_code() * sums["codes"] / pixels}
         if sums["bits"]: results["bits_per_pixel_ideal"] = sums["bits"] / pixels
         return results
-
-# %% ../nbs/08_metrics.ipynb #0059
-def sum_over_processes(
-    values: Tensor,      # float64, on the CPU
-) -> Tensor:             # the sum over all processes, on the CPU
-    "All-reduce where several processes run; the identity where one does"
-    if not (dist.is_available() and dist.is_initialized()): return values
-    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(values)
-    return values.cpu()

@@ -237,11 +237,133 @@ class Allowance(TorchFunctionMode):
                 raise ValueError("it asks for far more numbers than its weights file holds")
         return function(*args, **(kwargs or {}))
 
+# %% ../nbs/06_models.ipynb #5f24d5b4
+class _Saving(nn.Module, PyTorchModelHubMixin, library_name="laser", license="mit",
+              pipeline_tag="image-to-image",
+              repo_url="https://github.com/laser-developers/laser",
+              tags=["autoencoder", "image-reconstruction"]):
+    "What `save_pretrained` and `push_to_hub` write."
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.own: config = dict(own=self.own, bottleneck=self.bottleneck.name, **self.options)
+        else:
+            config = dict(bottleneck=self.bottleneck.name,
+                          **{k: self.options.get(k, o.default)
+                             for k, o in model_options(self.bottleneck.name).items()})
+        super()._save_pretrained(save_directory)
+        (save_directory/CONFIG_NAME).write_text(
+            json.dumps(dict(laser_version=laser.__version__, **config), indent=2) + "\n",
+            encoding="utf-8")
+        write_digests(save_directory, CONFIG_NAME, WEIGHTS_NAME)
+
+# %% ../nbs/06_models.ipynb #7062eb9a
+class _Loading:
+    "How a saved model comes back."
+    kind: str | None = None   # of the short names: the bottleneck they stand for
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        # a folder that `save_pretrained` wrote, or a name on the Hugging Face Hub
+        place: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",  # device of the model
+        revision: str | None = None,  # on the Hub: branch, tag or commit
+        token: str | None = None,  # on the Hub: for private models
+        cache_dir: str | Path | None = None,  # on the Hub: where files are kept
+        # options that replace the saved ones, or encoder, decoder and bottleneck of one's own
+        **changes,
+    ) -> "Autoencoder":
+        """A saved model, in eval mode. Raises where anything differs; nothing that a file says is
+        imported or run."""
+        folder = fetch_model(place, revision, token, cache_dir)
+        config = {k: v for k, v in read_config(folder).items()
+                  if k not in ("laser_version", "model")}
+        own, name = config.pop("own", []), config.pop("bottleneck")
+        weights = read_weights(folder/WEIGHTS_NAME)
+        check_digests(folder, CONFIG_NAME, WEIGHTS_NAME)
+        if missing := [part for part in own if part not in changes]:
+            raise ValueError(f"{place} was saved with {', '.join(own)} of its own: "
+                             "load it with the same modules, from_pretrained(folder, "
+                             f"{', '.join(f'{part}=...' for part in missing)})")
+        if cls.kind not in (None, name):
+            raise ValueError(f"{place} holds a model with bottleneck {name!r}, "
+                             f"not a {cls.__name__}; load_pretrained(folder) picks the class by "
+                             "itself")
+        options = config | changes
+        if cls.kind is None: options.setdefault("bottleneck", name)
+        try:
+            with Allowance(4*sum(w.numel() for w in weights.values()) + 10_000_000):
+                model = cls(**options)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
+        if numbers := {k.removeprefix("context."): v for k, v in weights.items()
+                       if k.startswith("context.")}:
+            from laser.context import ContextModel
+            model.context = ContextModel(numbers)
+        later = {f"bottleneck.{b}" for b in model.bottleneck.later_buffers}
+        shapes = lambda weights: {k: v.shape for k, v in weights.items() if k not in later}
+        if differs := weight_differences(shapes(model.state_dict()), shapes(weights)):
+            raise ValueError(f"{place} does not fit its own configuration or the changes asked "
+                             f"for. Weights {differs}")
+        model.load_state_dict(weights)
+        return model.to(map_location).eval()
+
+# %% ../nbs/06_models.ipynb #408b1e82
+class _Streams:
+    "From images to bytes and back, and what the bytes cost."
+    def compress(
+        self,
+        # [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes; any size
+        images: torch.Tensor | list[torch.Tensor],
+        # squared error that one bit is worth; None: the bottleneck's own
+        rate_weight: float | None = None,
+    ) -> list[bytes]:
+        """One stream an image: see [11_codec](11_codec.ipynb). `ValueError` without a finite
+        alphabet or fitted tables."""
+        from laser.codec import compress
+        return compress(self, images, rate_weight)
+
+    def decompress(self, streams: list[bytes]) -> torch.Tensor | list[torch.Tensor]:
+        """Streams to images [B, 3, H, W], or a list of [3, H, W] where sizes differ. `ValueError`
+        for a damaged or foreign one."""
+        from laser.codec import decompress
+        return decompress(self, streams)
+
+    def bits_per_pixel(self) -> float:
+        """Nominal bits for one pixel: those of one code over the pixels it stands for; no entropy
+        coding."""
+        return self.bottleneck.bits_per_code()/self.divisor**2
+
+    @torch.no_grad()
+    def fit_tables(
+        self,
+        # training images [B, 3, H, W] in [0, 1], or batches of them
+        images: torch.Tensor | Iterable[torch.Tensor],
+        # rate points to fit tables for; None: the bottleneck's own `rate_weight`
+        rate_weights: Iterable[float] | None = None,
+        rounds: int = 3,  # of coding and counting, where codes are chosen by the tables' own bits
+    ) -> None:
+        """Take the bottleneck's probability tables from the codes of training images. `ValueError`
+        where codes have no alphabet."""
+        batches, bottleneck, training = (
+            [images] if torch.is_tensor(images) else images, self.bottleneck, self.training)
+        own = bottleneck.rate_weight
+        try:
+            self.eval()
+            for bottleneck.rate_weight in ([own] if rate_weights is None else rate_weights):
+                # of another alphabet
+                if bottleneck.table_counts.shape[1] != sum(bottleneck.table_sizes()):
+                    bottleneck.rate_points, bottleneck.table_counts = (
+                        bottleneck.rate_points[:0], bottleneck.table_counts[:0])
+                for _ in range(rounds if bottleneck.rate_weight else 1):
+                    bottleneck.fit_tables(sum(
+                        bottleneck.count_symbols(self.encode(x)) for x in batches))
+        finally:
+            bottleneck.rate_weight = own
+            self.train(training)
+
 # %% ../nbs/06_models.ipynb #f976a1d3
-class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license="mit",
-                  pipeline_tag="image-to-image",
-                  repo_url="https://github.com/laser-developers/laser",
-                  tags=["autoencoder", "image-reconstruction"]):
+class Autoencoder(_Streams, _Loading, _Saving):
     """Encoder, 1x1 convolution, bottleneck, 3x3 convolution, decoder.
 
     `ValueError` or `TypeError` for an option that the networks or the bottleneck do not take.
@@ -343,119 +465,6 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="laser", license
     def decode(self, codes: torch.Tensor | SparseCode) -> torch.Tensor:  # what encode returned
         "Codes to images [B, 3, H, W]."
         return self.to_image(self.synthesize(self.bottleneck.decode_codes(codes)))
-
-    def compress(
-        self,
-        # [B, 3, H, W] in [0, 1], or a list of [3, H, W] of several sizes; any size
-        images: torch.Tensor | list[torch.Tensor],
-        # squared error that one bit is worth; None: the bottleneck's own
-        rate_weight: float | None = None,
-    ) -> list[bytes]:
-        """One stream an image: see [11_codec](11_codec.ipynb). `ValueError` without a finite
-        alphabet or fitted tables."""
-        from laser.codec import compress
-        return compress(self, images, rate_weight)
-
-    def decompress(self, streams: list[bytes]) -> torch.Tensor | list[torch.Tensor]:
-        """Streams to images [B, 3, H, W], or a list of [3, H, W] where sizes differ. `ValueError`
-        for a damaged or foreign one."""
-        from laser.codec import decompress
-        return decompress(self, streams)
-
-    def bits_per_pixel(self) -> float:
-        """Nominal bits for one pixel: those of one code over the pixels it stands for; no entropy
-        coding."""
-        return self.bottleneck.bits_per_code()/self.divisor**2
-
-    @torch.no_grad()
-    def fit_tables(
-        self,
-        # training images [B, 3, H, W] in [0, 1], or batches of them
-        images: torch.Tensor | Iterable[torch.Tensor],
-        # rate points to fit tables for; None: the bottleneck's own `rate_weight`
-        rate_weights: Iterable[float] | None = None,
-        rounds: int = 3,  # of coding and counting, where codes are chosen by the tables' own bits
-    ) -> None:
-        """Take the bottleneck's probability tables from the codes of training images. `ValueError`
-        where codes have no alphabet."""
-        batches, bottleneck, training = (
-            [images] if torch.is_tensor(images) else images, self.bottleneck, self.training)
-        own = bottleneck.rate_weight
-        try:
-            self.eval()
-            for bottleneck.rate_weight in ([own] if rate_weights is None else rate_weights):
-                # of another alphabet
-                if bottleneck.table_counts.shape[1] != sum(bottleneck.table_sizes()):
-                    bottleneck.rate_points, bottleneck.table_counts = (
-                        bottleneck.rate_points[:0], bottleneck.table_counts[:0])
-                for _ in range(rounds if bottleneck.rate_weight else 1):
-                    bottleneck.fit_tables(sum(
-                        bottleneck.count_symbols(self.encode(x)) for x in batches))
-        finally:
-            bottleneck.rate_weight = own
-            self.train(training)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        if self.own: config = dict(own=self.own, bottleneck=self.bottleneck.name, **self.options)
-        else:
-            config = dict(bottleneck=self.bottleneck.name,
-                          **{k: self.options.get(k, o.default)
-                             for k, o in model_options(self.bottleneck.name).items()})
-        super()._save_pretrained(save_directory)
-        (save_directory/CONFIG_NAME).write_text(
-            json.dumps(dict(laser_version=laser.__version__, **config), indent=2) + "\n",
-            encoding="utf-8")
-        write_digests(save_directory, CONFIG_NAME, WEIGHTS_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        # a folder that `save_pretrained` wrote, or a name on the Hugging Face Hub
-        place: str | Path,
-        *,
-        map_location: str | torch.device = "cpu",  # device of the model
-        revision: str | None = None,  # on the Hub: branch, tag or commit
-        token: str | None = None,  # on the Hub: for private models
-        cache_dir: str | Path | None = None,  # on the Hub: where files are kept
-        # options that replace the saved ones, or encoder, decoder and bottleneck of one's own
-        **changes,
-    ) -> "Autoencoder":
-        """A saved model, in eval mode. Raises where anything differs; nothing that a file says is
-        imported or run."""
-        folder = fetch_model(place, revision, token, cache_dir)
-        config = {k: v for k, v in read_config(folder).items()
-                  if k not in ("laser_version", "model")}
-        own, name = config.pop("own", []), config.pop("bottleneck")
-        weights = read_weights(folder/WEIGHTS_NAME)
-        check_digests(folder, CONFIG_NAME, WEIGHTS_NAME)
-        if missing := [part for part in own if part not in changes]:
-            raise ValueError(f"{place} was saved with {', '.join(own)} of its own: "
-                             "load it with the same modules, from_pretrained(folder, "
-                             f"{', '.join(f'{part}=...' for part in missing)})")
-        if cls.kind not in (None, name):
-            raise ValueError(f"{place} holds a model with bottleneck {name!r}, "
-                             f"not a {cls.__name__}; load_pretrained(folder) picks the class by "
-                             "itself")
-        options = config | changes
-        if cls.kind is None: options.setdefault("bottleneck", name)
-        try:
-            with Allowance(4*sum(w.numel() for w in weights.values()) + 10_000_000):
-                model = cls(**options)
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{place} and its {CONFIG_NAME} cannot make a model: {e}") from e
-        if numbers := {k.removeprefix("context."): v for k, v in weights.items()
-                       if k.startswith("context.")}:
-            from laser.context import ContextModel
-            model.context = ContextModel(numbers)
-        later = {f"bottleneck.{b}" for b in model.bottleneck.later_buffers}
-        shapes = lambda weights: {k: v.shape for k, v in weights.items() if k not in later}
-        if differs := weight_differences(shapes(model.state_dict()), shapes(weights)):
-            raise ValueError(f"{place} does not fit its own configuration or the changes asked "
-                             f"for. Weights {differs}")
-        model.load_state_dict(weights)
-        return model.to(map_location).eval()
-
-    kind: str | None = None   # of the short names: the bottleneck they stand for
 
 # %% ../nbs/06_models.ipynb #6690d7b6
 def network_options() -> dict[str, Option]:

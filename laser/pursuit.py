@@ -29,12 +29,14 @@ def normalize_atoms(
 
 # %% ../nbs/00_pursuit.ipynb #0015
 def correlation_floor(dtype: torch.dtype) -> float:
-    "Correlations up to this times the norms of signal and atom are rounding noise: 16 machine epsilons."
+    """Correlations up to this times the norms of signal and atom are rounding noise: 16 machine
+    epsilons."""
     return 16 * torch.finfo(dtype).eps
 
 # %% ../nbs/00_pursuit.ipynb #0017
 def eligible_norm(dtype: torch.dtype) -> float:
-    "An atom whose part outside the support has a squared norm up to this counts as dependent on the support."
+    """An atom whose part outside the support has a squared norm up to this counts as dependent on
+    the support."""
     return 1e-12 if dtype == torch.float64 else 1e-6
 
 # %% ../nbs/00_pursuit.ipynb #0020
@@ -184,7 +186,8 @@ def decision_gap(
     method: str = "omp",  # "omp", "ormp" or "mp"
     eligible: float = 1e-12,  # as the supports were made, see `pursuit`
 ) -> Tensor:  # [B], how much less the worst pick scores than the best atom, over the signal's norm
-    "How close the next decision is between the picks: under 1e-5 it is a near-tie, which rounding may decide."
+    """How close the next decision is between the picks: under 1e-5 it is a near-tie, which rounding
+    may decide."""
     chosen = dictionary.T[support].mT                                        # [B, M, s]
     residual, left = signals, dictionary.square().sum(0).repeat(len(signals), 1)
     if method == "mp":

@@ -23,7 +23,8 @@ from .pursuit import check_problem, eligible_norm, pursuit
 # %% ../nbs/01_sparse_coding.ipynb #0006
 @dataclass
 class SparseCode:
-    "Sparse codes of a batch: for every signal S atoms in the order of selection, with their coefficients."
+    """Sparse codes of a batch: for every signal S atoms in the order of selection, with their
+    coefficients."""
 
     indices: Tensor  # [..., S] int64, the atom in each slot; -1 where the slot is unused
     values: Tensor  # [..., S] floating point, its coefficient; 0 where the slot is unused
@@ -44,7 +45,8 @@ class SparseCode:
                           self.values.reshape(*lead, self.sparsity))
 
     def decode(self, dictionary: Tensor) -> Tensor:
-        "[..., M]: the sum of the chosen atoms of `dictionary` [M, K], differentiable in values and dictionary."
+        """[..., M]: the sum of the chosen atoms of `dictionary` [M, K], differentiable in values
+        and dictionary."""
         M, lead = dictionary.shape[0], self.indices.shape[:-1]
         flat, dtype = self.reshape(-1), torch.promote_types(self.values.dtype, dictionary.dtype)
         # in half precision large terms would be infinite before they cancel
@@ -56,7 +58,8 @@ class SparseCode:
         return signals.to(dtype).reshape(*lead, M)
 
     def dense(self, num_atoms: int) -> Tensor:
-        "[..., K]: the coefficient of every atom, zeros included. For looking at; it is K / S times larger."
+        """[..., K]: the coefficient of every atom, zeros included. For looking at; it is K / S
+        times larger."""
         zeros = self.values.new_zeros(*self.indices.shape[:-1], num_atoms)
         return zeros.scatter_add(-1, self.indices.clamp_min(0), self.values)
 
@@ -79,7 +82,8 @@ def refit(
     dictionary: Tensor,  # [M, K]
     indices: Tensor,  # [B, S] int64, the fixed support; -1 where unused
 ) -> Tensor:  # [B, S] least-squares coefficients, 0 where unused
-    "Coefficients of the best approximation by a fixed support, differentiable in signals and dictionary."
+    """Coefficients of the best approximation by a fixed support, differentiable in signals and
+    dictionary."""
     used = indices >= 0
     atoms = dictionary.double().T[indices.clamp_min(0)] * used[..., None]              # [B, S, M]
     normal = atoms @ atoms.mT + torch.diag_embed((~used).double())                     # [B, S, S]
@@ -193,9 +197,9 @@ def batch_omp(
 ) -> SparseCode:  # indices and values [..., S]
     """Sparse codes of a batch of signals by (orthogonal) matching pursuit.
 
-    An unused slot (zero signal, early stop, dependent atoms) has index -1 and value 0. Coefficients are finite
-    for finite input. Half precision is coded in float32, and its
-    values stay float32, for they may be larger than any half. Not differentiable: see `refit`.
+    An unused slot (zero signal, early stop, dependent atoms) has index -1 and value 0. Coefficients
+    are finite for finite input. Half precision is coded in float32, and its values stay float32,
+    for they may be larger than any half. Not differentiable: see `refit`.
     Raises `ValueError` or `TypeError`, saying how to mend it, for a problem that cannot be solved.
     """
     for name, t in (("signals", signals), ("dictionary", dictionary)):
@@ -234,7 +238,8 @@ def nearest_in_chunks(
     z: Tensor,  # [B, M] float32 or float64
     codebook: Tensor,  # [K, M], of the same dtype
 ) -> Tensor:  # [B] int64
-    "Index of the codebook entry nearest to each row of z, by products of chunks and `argmin`. No checks: see `nearest_entry`."
+    """Index of the codebook entry nearest to each row of z, by products of chunks and `argmin`. No
+    checks: see `nearest_entry`."""
     mean, rows = codebook.mean(0), max(1024, 2**24 // len(codebook))
     centred = codebook - mean
     half, nearest = (centred.square().sum(1) / 2,
@@ -258,9 +263,11 @@ def nearest_entry(
     z: Tensor,  # [B, M], any float dtype
     codebook: Tensor,  # [K, M], entries in rows
 ) -> Tensor:  # [B] int64
-    """Index of the codebook entry nearest to each row of z, the first of several that are equally near.
+    """Index of the codebook entry nearest to each row of z, the first of several that are equally
+    near.
 
-    Computed in float32 (float64 for float64), never more than a chunk of [B, K]. `ValueError` for shapes or devices that do not fit.
+    Computed in float32 (float64 for float64), never more than a chunk of [B, K]. `ValueError` for
+    shapes or devices that do not fit.
     """
     if (z.ndim != 2 or codebook.ndim != 2
         or z.shape[1] != codebook.shape[1] or codebook.shape[0] == 0):
@@ -285,7 +292,8 @@ def quantize_coefficients(
     bits: int,  # b, bits per coefficient, 2 to 16
     limit: Tensor,  # [S], positive range of each slot, as from `coefficient_limit`; more is clipped
 ) -> SparseCode:  # the same support, with each value on one of 2**b - 1 levels
-    "Uniform scalar quantisation of the coefficients. `ValueError` for an impossible number of bits."
+    """Uniform scalar quantisation of the coefficients. `ValueError` for an impossible number of
+    bits."""
     if not 2 <= bits <= 16:
         raise ValueError(f"bits per coefficient must be from 2 to 16, got {bits}; "
                          "one bit has no room for zero and a sign")

@@ -378,8 +378,33 @@ def ignore_interrupts(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
+# %% ../nbs/10_training.ipynb #1673cdf7
+class _Sending:
+    "A line or a picture, to all that are there."
+    def scalars(self, file: str, row: dict) -> None:
+        "One line for `metrics.csv` or `steps.csv`, and the same numbers to the others."
+        if not self.active: return
+        append_row(self.folder/file, row)
+        numbers = {k: v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
+        if self.board:
+            [self.board.add_scalar(f"{file.split('.')[0]}/{k}", v, row["step"])
+             for k, v in numbers.items()]
+        if self.wandb: self.wandb.log(dict(numbers, epoch=row["epoch"]), step=row["step"])
+
+    def picture(self, file: str, image: torch.Tensor, step: int) -> None:
+        "Save one picture [3, H, W] in [0, 1] as PNG, and send it to the others."
+        if not self.active: return
+        from torchvision.utils import save_image
+        path = self.folder/file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(image, path)
+        if self.board: self.board.add_image("reconstructions", image, step)
+        if self.wandb:
+            import wandb
+            self.wandb.log(dict(reconstructions=wandb.Image(str(path))), step=step)
+
 # %% ../nbs/10_training.ipynb #0064
-class Loggers:
+class Loggers(_Sending):
     "CSV always; TensorBoard and W&B where the configuration asks for them."
     def __init__(self,
         folder: Path,    # the run's folder
@@ -419,28 +444,6 @@ class Loggers:
         if not re.fullmatch(r"\w{4,64}", stored):
             path.write_text(stored := secrets.token_hex(4), encoding="utf-8")
         return stored
-
-    def scalars(self, file: str, row: dict) -> None:
-        "One line for `metrics.csv` or `steps.csv`, and the same numbers to the others."
-        if not self.active: return
-        append_row(self.folder/file, row)
-        numbers = {k: v for k, v in row.items() if k not in ("epoch", "step") and v is not None}
-        if self.board:
-            [self.board.add_scalar(f"{file.split('.')[0]}/{k}", v, row["step"])
-             for k, v in numbers.items()]
-        if self.wandb: self.wandb.log(dict(numbers, epoch=row["epoch"]), step=row["step"])
-
-    def picture(self, file: str, image: torch.Tensor, step: int) -> None:
-        "Save one picture [3, H, W] in [0, 1] as PNG, and send it to the others."
-        if not self.active: return
-        from torchvision.utils import save_image
-        path = self.folder/file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(image, path)
-        if self.board: self.board.add_image("reconstructions", image, step)
-        if self.wandb:
-            import wandb
-            self.wandb.log(dict(reconstructions=wandb.Image(str(path))), step=step)
 
     def __enter__(self): return self
 
