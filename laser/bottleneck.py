@@ -104,7 +104,8 @@ def code_usage(
     codes: Tensor | SparseCode,  # indices of any shape (int64), or a sparse code; -1 is not counted
     num_embeddings: int,  # K
 ) -> Tensor:  # [K] int64, how often each entry or atom was chosen
-    "How often each of the K entries (VQ) or atoms (DL) was chosen. On the CPU, `ValueError` for an index of K or more."
+    """How often each of the K entries (VQ) or atoms (DL) was chosen.
+    On the CPU, `ValueError` for an index of K or more."""
     indices = (codes.indices if isinstance(codes, SparseCode) else codes).flatten()
     if (indices.device.type == "cpu" and not torch.compiler.is_compiling()
         and indices.numel() and indices.max() >= num_embeddings):
@@ -156,7 +157,8 @@ def to_patches(
     z: Tensor,  # [B, C, *spatial], every side a multiple of p
     patch_size: int,  # p
 ) -> Tensor:  # [B, *grid, C * p**n], n the number of spatial axes
-    "Cut latents into non-overlapping patches, one signal each. `ValueError` where p does not divide a side."
+    """Cut latents into non-overlapping patches, one signal each.
+    `ValueError` where p does not divide a side."""
     B, C, *sides = z.shape
     p, n = patch_size, len(sides)
     if any(side % p for side in sides):
@@ -322,21 +324,23 @@ class _State(nn.Module):
 
 # %% ../nbs/03_bottleneck.ipynb #0567f3ee
 class _Alphabet:
-    "What codes are made of, and what they cost."
-    code_shape: tuple[int, ...] = ()  # shape of one signal's integers: () for an index, (n,) for n of them
-    rate_weight = 0.0     # lambda of D + lambda R on the signals; 0: the nearest code, whatever it costs
+    "What codes are made of."
+    code_shape: tuple[int, ...] = ()  # of one signal's integers: () for an index, (n,) for n
 
     def table_sizes(self) -> list[int]:
-        "Size of the alphabet of each probability table. `ValueError` where a code has no finite alphabet."
+        """Size of the alphabet of each probability table.
+        `ValueError` where a code has no finite alphabet."""
         return [self.num_embeddings] * math.prod(self.code_shape)
 
     def next_table(self, before: Tensor) -> Tensor:
-        "The symbols so far [N, t] to the table of each signal's next one [N], -1 where its code is complete."
+        """The symbols so far [N, t] to the table of each signal's next one [N],
+        -1 where its code is complete."""
         done = before.shape[1] >= math.prod(self.code_shape)
         return before.new_full((len(before),), -1 if done else before.shape[1])
 
     def symbol_values(self, codes) -> Tensor:
-        "Codes of N signals to integers [N, T]; what stands after the end of a code does not matter."
+        """Codes of N signals to integers [N, T];
+        what stands after the end of a code does not matter."""
         return codes.reshape(len(codes), -1)
 
     def from_symbols(self, values: Tensor):
@@ -344,12 +348,15 @@ class _Alphabet:
         return values.reshape(-1, *self.code_shape)
 
     def symbol_tables(self, codes) -> tuple[Tensor, Tensor]:
-        "Codes of any leading shape to symbols [N, T] and the table of each [N, T], -1 after the end of a code."
+        """Codes of any leading shape to symbols [N, T] and the table of each [N, T],
+        -1 after the end of a code."""
         values = self.symbol_values(self._flat(codes)[0])
-        return values, torch.stack([self.next_table(values[:, :t]) for t in range(values.shape[1])], 1)
+        return values, torch.stack([self.next_table(values[:, :t])
+                                    for t in range(values.shape[1])], 1)
 
     def symbols(self, codes) -> tuple[Tensor, Tensor]:
-        "Codes to symbols [N, T] and the size of each one's alphabet [N, T], 0 (and symbol 0) after the end of a code."
+        """Codes to symbols [N, T] and the size of each one's alphabet [N, T],
+        0 (and symbol 0) after the end of a code."""
         values, tables = self.symbol_tables(codes)
         sizes = torch.tensor([*self.table_sizes(), 0], device=values.device)[tables]
         return torch.where(sizes > 0, values, 0), sizes
@@ -359,36 +366,181 @@ class _Alphabet:
         values, tables = self.symbol_tables(codes)
         return rate.count_symbols(tables, values, self.table_sizes())
 
+# %% ../nbs/03_bottleneck.ipynb #c9bc7c9c
+class _Tables:
+    "What the symbols of codes cost: tables for each rate point."
+    rate_weight = 0.0     # lambda of D + lambda R on the signals; 0: the nearest code
+
     @torch.no_grad()
     def fit_tables(self, codes) -> None:
-        "Take the probability tables of this `rate_weight` from training codes, or from what `count_symbols` gave."
-        counts = codes if torch.is_tensor(codes) and codes.shape == (sum(self.table_sizes()),) else self.count_symbols(codes)
+        """Take the probability tables of this `rate_weight` from training codes,
+        or from what `count_symbols` gave."""
+        counts = (codes if torch.is_tensor(codes) and codes.shape == (sum(self.table_sizes()),)
+                  else self.count_symbols(codes))
         device, here = self.table_counts.device, self.rate_points.tolist()
-        rows = {w: row for w, row in zip(here, self.table_counts.cpu())} | {float(self.rate_weight): rate.smooth_counts(counts.cpu())}
+        rows = ({w: row for w, row in zip(here, self.table_counts.cpu())}
+                | {float(self.rate_weight): rate.smooth_counts(counts.cpu())})
         self.rate_points = torch.tensor(sorted(rows), dtype=torch.float64, device=device)
         self.table_counts = torch.stack([rows[w] for w in sorted(rows)]).to(device)
 
     @property
     def rate_point(self) -> int:
-        "Which of the fitted rate points is nearest to `rate_weight`. `ValueError` where no tables have been fitted."
-        if not len(self.rate_points): raise ValueError("no probability tables yet: call fit_tables with training codes (model.fit_tables(images))")
+        """Which of the fitted rate points is nearest to `rate_weight`.
+        `ValueError` where no tables have been fitted."""
+        if not len(self.rate_points):
+            raise ValueError("no probability tables yet: call fit_tables with training codes "
+                             "(model.fit_tables(images))")
         return int((self.rate_points - self.rate_weight).abs().argmin())
 
     def symbol_bits(self) -> Tensor:
-        "float64 [sum of table_sizes]: what each symbol costs under the tables of the nearest rate point, -log2 p."
+        """float64 [sum of table_sizes]: what each symbol costs under the tables of the nearest
+        rate point, -log2 p."""
         return rate.table_bits(self.table_counts[self.rate_point], self.table_sizes())
 
     def code_bits(self, codes) -> Tensor:
         "float64 [B, *grid]: the ideal length of each code under the fitted tables, in bits."
         values, tables = self.symbol_tables(codes)
-        bits = rate.ideal_bits(self.symbol_bits().to(values.device), tables, values, self.table_sizes())
+        bits = rate.ideal_bits(self.symbol_bits().to(values.device), tables, values,
+                               self.table_sizes())
         return bits.reshape(self._flat(codes)[1])
 
-# %% ../nbs/03_bottleneck.ipynb #5078531e
-class Bottleneck(_Alphabet, _State):
-    """Latents to codes and back: the one abstraction that networks, training, evaluation and bitstream build on.
+# %% ../nbs/03_bottleneck.ipynb #12369f56
+class _Hooks:
+    "What a method gives, and what it may do otherwise."
+    def encode_signals(self, signals: Tensor):
+        """Signals [N, M] to codes: integers [N] or [N, n], or a SparseCode [N, S];
+        -1 for an unused step or stage."""
+        raise NotImplementedError(
+            f"{type(self).__name__} needs encode_signals(signals [N, M]) -> codes")
 
-    A subclass gives `encode_signals` and `decode_signals`, and is registered under a name by `@register(name)`.
+    def decode_signals(self, codes) -> Tensor:
+        "Codes of N signals to what stands for them [N, M], differentiable in the parameters."
+        raise NotImplementedError(f"{type(self).__name__} needs decode_signals(codes) -> [N, M]")
+
+    def initialize(self, signals: Tensor) -> None:
+        "Place the entries, from the first training batch [N, M]."
+    def training_codes(self, signals: Tensor): return self.encode_signals(signals)
+    def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
+        """After a training batch was coded;
+        `counts` [num_entries] are its uses, summed over all processes."""
+    def after_step(self) -> None: "After the optimiser's step."
+    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
+        return straight_through(signals, decoded)
+
+    def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
+        loss = self.commitment_cost * F.mse_loss(signals, decoded.detach())
+        return (loss if next(self.parameters(), None) is None
+                else loss + F.mse_loss(decoded, signals.detach()))
+
+    def code_entries(self, codes) -> Tensor:
+        "The entries (0 to num_entries - 1) that codes name, for counting; -1 is not counted."
+        return codes.indices if isinstance(codes, SparseCode) else codes
+
+    def bits_per_code(self) -> int:
+        """Nominal bits of one code, the most it takes without a probability table;
+        one code covers p x p latents."""
+        return sum(map(rate.nominal_bits, self.table_sizes()))
+
+    @property
+    def candidates(self) -> int:
+        "How many entries or atoms are compared with a signal to find its code, at most."
+        return self.num_embeddings * math.prod(self.code_shape)
+
+# %% ../nbs/03_bottleneck.ipynb #0a835bdf
+class _Passes:
+    "The way of latents to codes and back."
+    def forward(self, z: Tensor) -> BottleneckOutput:
+        "Latents [B, C, *spatial] to `BottleneckOutput`; float32 inside, also under autocast."
+        # numbers of Python that change with each batch would compile anew
+        if self.training and torch.compiler.is_compiling():
+            return torch.compiler.disable(self._train_pass)(z)
+        return self._train_pass(z) if self.training else self._pass(z)
+
+    def _train_pass(self, z):
+        """A pass that learns, or, within a backward pass, its repetition for activation
+        checkpointing, which does not."""
+        if self._before is None or torch._C._current_graph_task_id() < 0:
+            return self._pass(z, learn=True)
+        with self._as_before(): return self._pass(z)
+
+    def _pass(self, z, learn=False):
+        z = self._check(z)
+        with torch.autocast(z.device.type, enabled=False):
+            patches = to_patches(z, self.patch_size)                           # [B, *grid, M]
+            signals = patches.flatten(0, -2)                                   # [N, M]
+            if learn and not self._state()[0]:
+                with torch.no_grad(): self.initialize(_tame(signals)), self._placed()
+            if learn: self._remember()
+            codes = self.training_codes(signals) if self.training else self.encode_signals(signals)
+            decoded = self.decode_signals(codes)                               # [N, M]
+            loss = self.losses(signals, decoded)
+            q = from_patches(self.with_gradient(signals, decoded).view(patches.shape),
+                             self.patch_size)
+            if learn: self._learn(_tame(signals), _tame(decoded), codes)
+        return BottleneckOutput(q, loss,
+                                codes.detach().reshape(*patches.shape[:-1], *self.code_shape))
+
+    @torch.no_grad()
+    def encode(self, z: Tensor):
+        """Latents [B, C, *spatial] to codes over [B, *grid].
+        Changes nothing, in training mode either."""
+        z = self._check(z)
+        with torch.autocast(z.device.type, enabled=False):
+            patches = to_patches(z, self.patch_size)
+            return self.encode_signals(patches.flatten(0, -2)).reshape(
+                *patches.shape[:-1], *self.code_shape)
+
+    def decode_codes(self, codes) -> Tensor:
+        """Codes over [B, *grid] to latents [B, C, *spatial]: in eval mode,
+        `forward(z).quantized` to the bit."""
+        codes, lead = self._flat(codes)
+        with torch.autocast(self.ema_counts.device.type, enabled=False):
+            return from_patches(self.decode_signals(codes).reshape(*lead, -1), self.patch_size)
+
+    def _flat(self, codes):
+        "The codes of N signals, and the leading shape they had."
+        if isinstance(codes, SparseCode): return codes.reshape(-1), codes.indices.shape[:-1]
+        lead = codes.shape[:codes.ndim - len(self.code_shape)]
+        return codes.reshape(-1, *self.code_shape), lead
+
+    @torch.no_grad()
+    def _learn(self, signals, decoded, codes):
+        counts = _over_processes(code_usage(self.code_entries(codes), self.num_entries))
+        self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - self.usage_decay)
+        self.learn(signals, decoded, codes, counts)
+        self._placed(steps=1)
+
+# %% ../nbs/03_bottleneck.ipynb #9fa36538
+class _Checked:
+    "Latents as they should be."
+    def _check(self, z):
+        "`z` in float32 (float64 if the module is), or an error that says how to mend it."
+        if z.ndim < 2 or z.shape[1] != self.embedding_dim:
+            raise ValueError(f"expected latents [B, {self.embedding_dim}, *spatial], "
+                             f"got {list(z.shape)}; put a 1x1 convolution to "
+                             f"{self.embedding_dim} channels before the bottleneck, or build it "
+                             f"with embedding_dim={z.shape[1] if z.ndim > 1 else '<channels>'}")
+        if self.patch_size > 1 and z.ndim != 4:
+            raise ValueError("patches of latents are for images [B, C, H, W], "
+                             f"got {list(z.shape)}; use patch_size=1")
+        if not z.is_floating_point():
+            raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
+        if self.training and z.numel() == 0:
+            raise ValueError(f"the latents are empty, {list(z.shape)}: "
+                             "nothing to learn from; skip this batch")
+        if not _finite(z):
+            raise ValueError("the latents hold NaN or infinity: lower the learning rate, "
+                             "clip the gradient, or, in float16, use a loss scaler; "
+                             "torch.autograd.set_detect_anomaly(True) finds the first one")
+        return z.to(torch.promote_types(self.ema_counts.dtype, torch.float32))
+
+# %% ../nbs/03_bottleneck.ipynb #5078531e
+class Bottleneck(_Hooks, _Passes, _Checked, _Tables, _Alphabet, _State):
+    """Latents to codes and back: the one abstraction that networks, training,
+    evaluation and bitstream build on.
+
+    A subclass gives `encode_signals` and `decode_signals`, and is registered under a name by
+    `@register(name)`.
     """
     name: str | None = None                          # registered name
     later_buffers: tuple[str, ...] = ("rate_points", "table_counts")  # not in version 0.1's folders
@@ -420,121 +572,6 @@ class Bottleneck(_Alphabet, _State):
         self.register_buffer("rate_points", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("table_counts", torch.zeros(0, 0, dtype=torch.int64))
 
-    def encode_signals(self, signals: Tensor):
-        "Signals [N, M] to codes: integers [N] or [N, n], or a SparseCode [N, S]; -1 for an unused step or stage."
-        raise NotImplementedError(
-            f"{type(self).__name__} needs encode_signals(signals [N, M]) -> codes")
-
-    def decode_signals(self, codes) -> Tensor:
-        "Codes of N signals to what stands for them [N, M], differentiable in the parameters."
-        raise NotImplementedError(f"{type(self).__name__} needs decode_signals(codes) -> [N, M]")
-
-    def initialize(self, signals: Tensor) -> None:
-        "Place the entries, from the first training batch [N, M]."
-    def training_codes(self, signals: Tensor): return self.encode_signals(signals)
-    def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
-        "After a training batch was coded; `counts` [num_entries] are its uses, summed over all processes."
-    def after_step(self) -> None: "After the optimiser's step."
-    def with_gradient(self, signals: Tensor, decoded: Tensor) -> Tensor:
-        return straight_through(signals, decoded)
-
-    def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
-        loss = self.commitment_cost * F.mse_loss(signals, decoded.detach())
-        return (loss if next(self.parameters(), None) is None
-                else loss + F.mse_loss(decoded, signals.detach()))
-
-    def code_entries(self, codes) -> Tensor:
-        "The entries (0 to num_entries - 1) that codes name, for counting; -1 is not counted."
-        return codes.indices if isinstance(codes, SparseCode) else codes
-
-    def bits_per_code(self) -> int:
-        "Nominal bits of one code, the most it takes without a probability table; one code covers p x p latents."
-        return sum(map(rate.nominal_bits, self.table_sizes()))
-
-    @property
-    def candidates(self) -> int:
-        "How many entries or atoms are compared with a signal to find its code, at most."
-        return self.num_embeddings * math.prod(self.code_shape)
-
-    def forward(self, z: Tensor) -> BottleneckOutput:
-        "Latents [B, C, *spatial] to `BottleneckOutput`; float32 inside, also under autocast."
-        # numbers of Python that change with each batch would compile anew
-        if self.training and torch.compiler.is_compiling():
-            return torch.compiler.disable(self._train_pass)(z)
-        return self._train_pass(z) if self.training else self._pass(z)
-
-    def _train_pass(self, z):
-        "A pass that learns, or, within a backward pass, its repetition for activation checkpointing, which does not."
-        if self._before is None or torch._C._current_graph_task_id() < 0:
-            return self._pass(z, learn=True)
-        with self._as_before(): return self._pass(z)
-
-    def _pass(self, z, learn=False):
-        z = self._check(z)
-        with torch.autocast(z.device.type, enabled=False):
-            patches = to_patches(z, self.patch_size)                           # [B, *grid, M]
-            signals = patches.flatten(0, -2)                                   # [N, M]
-            if learn and not self._state()[0]:
-                with torch.no_grad(): self.initialize(_tame(signals)), self._placed()
-            if learn: self._remember()
-            codes = self.training_codes(signals) if self.training else self.encode_signals(signals)
-            decoded = self.decode_signals(codes)                               # [N, M]
-            loss = self.losses(signals, decoded)
-            q = from_patches(self.with_gradient(signals, decoded).view(patches.shape),
-                             self.patch_size)
-            if learn: self._learn(_tame(signals), _tame(decoded), codes)
-        return BottleneckOutput(q, loss,
-                                codes.detach().reshape(*patches.shape[:-1], *self.code_shape))
-
-    @torch.no_grad()
-    def encode(self, z: Tensor):
-        "Latents [B, C, *spatial] to codes over [B, *grid]. Changes nothing, in training mode either."
-        z = self._check(z)
-        with torch.autocast(z.device.type, enabled=False):
-            patches = to_patches(z, self.patch_size)
-            return self.encode_signals(patches.flatten(0, -2)).reshape(
-                *patches.shape[:-1], *self.code_shape)
-
-    def decode_codes(self, codes) -> Tensor:
-        "Codes over [B, *grid] to latents [B, C, *spatial]: in eval mode, `forward(z).quantized` to the bit."
-        codes, lead = self._flat(codes)
-        with torch.autocast(self.ema_counts.device.type, enabled=False):
-            return from_patches(self.decode_signals(codes).reshape(*lead, -1), self.patch_size)
-
-    def _flat(self, codes):
-        "The codes of N signals, and the leading shape they had."
-        if isinstance(codes, SparseCode): return codes.reshape(-1), codes.indices.shape[:-1]
-        lead = codes.shape[:codes.ndim - len(self.code_shape)]
-        return codes.reshape(-1, *self.code_shape), lead
-
-    @torch.no_grad()
-    def _learn(self, signals, decoded, codes):
-        counts = _over_processes(code_usage(self.code_entries(codes), self.num_entries))
-        self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - self.usage_decay)
-        self.learn(signals, decoded, codes, counts)
-        self._placed(steps=1)
-
-    def _check(self, z):
-        "`z` in float32 (float64 if the module is), or an error that says how to mend it."
-        if z.ndim < 2 or z.shape[1] != self.embedding_dim:
-            raise ValueError(f"expected latents [B, {self.embedding_dim}, *spatial], "
-                             f"got {list(z.shape)}; put a 1x1 convolution to "
-                             f"{self.embedding_dim} channels before the bottleneck, or build it "
-                             f"with embedding_dim={z.shape[1] if z.ndim > 1 else '<channels>'}")
-        if self.patch_size > 1 and z.ndim != 4:
-            raise ValueError("patches of latents are for images [B, C, H, W], "
-                             f"got {list(z.shape)}; use patch_size=1")
-        if not z.is_floating_point():
-            raise TypeError(f"latents must be floating point, got {z.dtype}; call .float() first")
-        if self.training and z.numel() == 0:
-            raise ValueError(f"the latents are empty, {list(z.shape)}: "
-                             "nothing to learn from; skip this batch")
-        if not _finite(z):
-            raise ValueError("the latents hold NaN or infinity: lower the learning rate, "
-                             "clip the gradient, or, in float16, use a loss scaler; "
-                             "torch.autograd.set_detect_anomaly(True) finds the first one")
-        return z.to(torch.promote_types(self.ema_counts.dtype, torch.float32))
-
     def _load_from_state_dict(self, state, prefix, *args, **kwargs):
         for name in self.later_buffers: state.setdefault(prefix + name, getattr(self, name))
         for name in ("rate_points", "table_counts"):      # of any length
@@ -551,7 +588,8 @@ BOTTLENECKS: dict[str, type] = {}  # registered name -> class
 def register(
     name: str,  # what the class is called in configurations and saved folders
 ):
-    "Class decorator: register a `Bottleneck` under a name. `ValueError` where another class has it."
+    """Class decorator: register a `Bottleneck` under a name.
+    `ValueError` where another class has it."""
     def wrap(cls):
         taken = BOTTLENECKS.get(name)
         again = (taken is not None and taken.__qualname__ == cls.__qualname__
@@ -589,7 +627,8 @@ class Option:
     help: str      # the comment behind it
 
     def check(self, name: str, value) -> Any:
-        "The value as a plain Python number, string or None. `TypeError` names the option and what it takes."
+        """The value as a plain Python number, string or None.
+        `TypeError` names the option and what it takes."""
         if hasattr(value, "tolist"): value = value.tolist()             # numbers of NumPy and torch
         kinds = get_args(self.type) if get_origin(self.type) in (UnionType, Union) else (self.type,)
         if (isinstance(value, int) and not isinstance(value, bool)
@@ -629,7 +668,8 @@ def make_bottleneck(
     name: str,  # registered name
     **options,  # of its class; see `bottleneck_options(name)`
 ) -> Bottleneck:
-    "Build a bottleneck by name. `ValueError` for an unknown option, with the nearest; `TypeError` for a value of the wrong kind."
+    """Build a bottleneck by name. `ValueError` for an unknown option, with the nearest;
+    `TypeError` for a value of the wrong kind."""
     known = bottleneck_options(name)
     for key in options.keys() - known.keys():
         near = get_close_matches(key, known, 1)
@@ -644,78 +684,24 @@ def smoothed_counts(
     counts: Tensor,  # [K], running averages of the counts
     epsilon: float = 1e-5,  # what each entry is given on top
 ) -> Tensor:  # [K], positive, with the same sum
-    "Laplace smoothing of the counts: (N_k + eps) / (N + K eps) * N. Source: van den Oord et al. 2017."
+    """Laplace smoothing of the counts: (N_k + eps) / (N + K eps) * N.
+    Source: van den Oord et al. 2017."""
     total = counts.sum()
     return (counts + epsilon) / (total + len(counts) * epsilon) * total
 
 # %% ../nbs/03_bottleneck.ipynb #4adadfc7
 PATIENCE = 5.0  # an entry is dead when one at `revive_below` of an equal share would have been chosen so often since its last use
 
-# %% ../nbs/03_bottleneck.ipynb #60886cd4
-@register("vq")
-class VectorQuantizer(Bottleneck):
-    """Nearest entry of a codebook, straight-through. Source: van den Oord, Vinyals and Kavukcuoglu 2017.
-
-    In training every forward pass also updates the codebook (EMA) and the usage, and revives dead entries,
-    in step over all processes of torch.distributed. Codebook and averages are buffers, saved with the weights.
-    """
-    def __init__(
-        self,
-        num_embeddings: int = 512,  # entries in the codebook, K
-        embedding_dim: int = 64,  # numbers in a latent vector, D
-        commitment_cost: float = 0.25,  # weight of the term that keeps the encoder near its entry
-        decay: float | None = 0.99,  # of the moving averages that make the codebook; 0 or None: train it by gradient
-        *,
-        init: str = "kmeans",  # first codebook: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float = 0.1,  # an entry used less than this part of an equal share is revived; 0: never
-        epsilon: float = 1e-5,  # Laplace smoothing of the counts
-        rate_weight: float = 0.0,  # squared error on a latent that one bit is worth (lambda); 0: the nearest entry
-        seed: int = 0,  # of the random start, the first placing and the revivals
-    ):
-        if decay and not 0 < decay < 1:
-            raise ValueError(f"decay must lie between 0 and 1, or be None, got {decay}")
-        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, init=init,
-                         revive_below=revive_below, seed=seed, usage_decay=decay or 0.99)
-        if not rate_weight >= 0:
-            raise ValueError(f"rate_weight must be at least 0, got {rate_weight}")
-        self.decay, self.epsilon, self.rate_weight = decay or None, epsilon, rate_weight
-        start = torch.randn(num_embeddings, embedding_dim, generator=self._generator())
-        # uses that an equal share had since its last
-        self.register_buffer("expected", torch.zeros(num_embeddings))
-        if self.decay:
-            self.register_buffer("codebook", start)
-            self.register_buffer("ema_sums", start.clone())
-        else:
-            self.codebook = nn.Parameter(start)
-
-    later_buffers = (*Bottleneck.later_buffers, "expected")
-
-    def encode_signals(self, signals: Tensor) -> Tensor:
-        "Signals [N, D] to the index of the nearest entry [N], or of the one of least error + rate_weight * bits."
-        if not self.rate_weight: return nearest_entry(signals.detach(), self.codebook.detach())
-        fitted = len(self.rate_points) and not self.training  # in training, prices follow the usage
-        bits = (self.symbol_bits() if fitted
-                else rate.table_bits(rate.smooth_counts(self.ema_counts), self.table_sizes()))
-        return rate.nearest_entry_rd(signals.detach(), self.codebook.detach(),
-                                     bits, self.rate_weight)
-
-    def decode_signals(self, codes: Tensor) -> Tensor:
-        "Indices [N] to entries [N, D]. On the CPU, `ValueError` for an index that is no entry."
-        visible = (codes.device.type == "cpu"
-                   and not torch.compiler.is_compiling() and codes.numel() > 0)
-        if visible and not 0 <= codes.min() <= codes.max() < self.num_embeddings:
-            raise ValueError(f"codes must lie in 0..{self.num_embeddings - 1}, "
-                             f"got {int(codes.min())}..{int(codes.max())}; "
-                             "decode with the bottleneck that made them")
-        return F.embedding(codes, self.codebook.to(
-            torch.promote_types(self.codebook.dtype, torch.float32)))
-
+# %% ../nbs/03_bottleneck.ipynb #d9bb0f07
+class _MovingCodebook:
+    "How a codebook is placed, follows the latents, and finds work for its dead entries."
     def initialize(self, signals: Tensor) -> None:
         self.set_codebook(first_rows(signals, self.num_embeddings, self.init, self._generator()))
 
     @torch.no_grad()
     def set_codebook(self, entries: Tensor) -> None:
-        "Put `entries` [k, D], k <= K, first in the codebook, restart its averages, and keep it from being initialised again."
+        """Put `entries` [k, D], k <= K, first in the codebook, restart its averages,
+        and keep it from being initialised again."""
         if (entries.ndim != 2 or entries.shape[1] != self.embedding_dim
             or len(entries) > self.num_embeddings):
             raise ValueError(f"expected entries [at most {self.num_embeddings}, "
@@ -748,6 +734,68 @@ class VectorQuantizer(Bottleneck):
         self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
         self.expected.masked_fill_(dead, 0)
         if self.decay: self.ema_sums.copy_(torch.where(dead[:, None], fresh * share, self.ema_sums))
+
+# %% ../nbs/03_bottleneck.ipynb #60886cd4
+@register("vq")
+class VectorQuantizer(_MovingCodebook, Bottleneck):
+    """Nearest entry of a codebook, straight-through.
+    Source: van den Oord, Vinyals and Kavukcuoglu 2017.
+
+    In training every forward pass also updates the codebook (EMA) and the usage,
+    and revives dead entries, in step over all processes of torch.distributed.
+    Codebook and averages are buffers, saved with the weights.
+    """
+    def __init__(
+        self,
+        num_embeddings: int = 512,  # entries in the codebook, K
+        embedding_dim: int = 64,  # numbers in a latent vector, D
+        commitment_cost: float = 0.25,  # weight of the term that keeps the encoder near its entry
+        decay: float | None = 0.99,  # of the codebook's averages; 0 or None: train it by gradient
+        *,
+        init: str = "kmeans",  # first codebook: kmeans, data (of the first batch), random (normal)
+        revive_below: float = 0.1,  # revived below this part of an equal share of uses; 0: never
+        epsilon: float = 1e-5,  # Laplace smoothing of the counts
+        rate_weight: float = 0.0,  # squared error a bit is worth (lambda); 0: the nearest entry
+        seed: int = 0,  # of the random start, the first placing and the revivals
+    ):
+        if decay and not 0 < decay < 1:
+            raise ValueError(f"decay must lie between 0 and 1, or be None, got {decay}")
+        super().__init__(num_embeddings, embedding_dim, commitment_cost=commitment_cost, init=init,
+                         revive_below=revive_below, seed=seed, usage_decay=decay or 0.99)
+        if not rate_weight >= 0:
+            raise ValueError(f"rate_weight must be at least 0, got {rate_weight}")
+        self.decay, self.epsilon, self.rate_weight = decay or None, epsilon, rate_weight
+        start = torch.randn(num_embeddings, embedding_dim, generator=self._generator())
+        # uses that an equal share had since its last
+        self.register_buffer("expected", torch.zeros(num_embeddings))
+        if self.decay:
+            self.register_buffer("codebook", start)
+            self.register_buffer("ema_sums", start.clone())
+        else:
+            self.codebook = nn.Parameter(start)
+
+    later_buffers = (*Bottleneck.later_buffers, "expected")
+
+    def encode_signals(self, signals: Tensor) -> Tensor:
+        """Signals [N, D] to the index of the nearest entry [N],
+        or of the one of least error + rate_weight * bits."""
+        if not self.rate_weight: return nearest_entry(signals.detach(), self.codebook.detach())
+        fitted = len(self.rate_points) and not self.training  # in training, prices follow the usage
+        bits = (self.symbol_bits() if fitted
+                else rate.table_bits(rate.smooth_counts(self.ema_counts), self.table_sizes()))
+        return rate.nearest_entry_rd(signals.detach(), self.codebook.detach(),
+                                     bits, self.rate_weight)
+
+    def decode_signals(self, codes: Tensor) -> Tensor:
+        "Indices [N] to entries [N, D]. On the CPU, `ValueError` for an index that is no entry."
+        visible = (codes.device.type == "cpu"
+                   and not torch.compiler.is_compiling() and codes.numel() > 0)
+        if visible and not 0 <= codes.min() <= codes.max() < self.num_embeddings:
+            raise ValueError(f"codes must lie in 0..{self.num_embeddings - 1}, "
+                             f"got {int(codes.min())}..{int(codes.max())}; "
+                             "decode with the bottleneck that made them")
+        return F.embedding(codes, self.codebook.to(
+            torch.promote_types(self.codebook.dtype, torch.float32)))
 
 # %% ../nbs/03_bottleneck.ipynb #0070
 def _on_sphere(dictionary):
@@ -788,7 +836,8 @@ def _check_pursuit_options(num_embeddings, sparsity_level, method, gradient, coe
 
 # %% ../nbs/03_bottleneck.ipynb #5782ff8a
 class _SparseSymbols:
-    "The symbols of a `DictionaryLearning` whose coefficients are rounded: atom or stop, level, atom or stop, level, ..."
+    """The symbols of a `DictionaryLearning` whose coefficients are rounded: atom or stop, level,
+    atom or stop, level, ..."""
     @property
     def level_width(self) -> float:
         "The step of the levels where bits count: a coefficient is its level times this."
@@ -800,16 +849,19 @@ class _SparseSymbols:
                                    left_out.argsort(descending=True, stable=True))
 
     def _prices(self):
-        "Bits of every level of every atom: from the fitted tables, or, in training and before, from running counts."
+        """Bits of every level of every atom: from the fitted tables, or, in training and before,
+        from running counts."""
         if self.training or not len(self.rate_points): return rate.level_prices(self.level_counts)
-        return rate.level_prices(self._set_alphabet().level_counts(self.table_counts[self.rate_point]))
+        return rate.level_prices(
+            self._set_alphabet().level_counts(self.table_counts[self.rate_point]))
 
     def table_sizes(self) -> list[int]:
         if self.rate_weight: return self._set_alphabet().table_sizes()
         if self.coefficient_bits is None:
-            raise ValueError("continuous coefficients have no finite alphabet, so they cannot be counted in tables or written "
-                             "to a file: set coefficient_bits (8, for instance; bottleneck.coefficient_bits = 8 on a trained model) "
-                             "or rate_weight")
+            raise ValueError("continuous coefficients have no finite alphabet, so they cannot be "
+                             "counted in tables or written to a file: set coefficient_bits "
+                             "(8, for instance; bottleneck.coefficient_bits = 8 on a trained "
+                             "model) or rate_weight")
         return [self.num_embeddings + 1, 2**self.coefficient_bits - 1] * self.sparsity_level
 
     def next_table(self, before: Tensor) -> Tensor:
@@ -822,7 +874,8 @@ class _SparseSymbols:
     def symbol_values(self, codes: SparseCode) -> Tensor:
         if self.rate_weight: return self._set_alphabet().symbol_values(codes, self.level_width)
         highest = 2 ** (self.coefficient_bits - 1) - 1
-        levels = (codes.values / self._limits(codes).clamp_min(torch.finfo(torch.float32).tiny) * highest).round().long() + highest
+        levels = (codes.values / self._limits(codes).clamp_min(torch.finfo(torch.float32).tiny)
+                  * highest).round().long() + highest
         atoms = torch.where(codes.indices < 0, self.num_embeddings, codes.indices)
         return torch.stack([atoms, levels.clamp(0, 2 * highest)], -1).flatten(1)
 
@@ -834,54 +887,9 @@ class _SparseSymbols:
         levels = (values[:, 1::2] - highest).to(limits.dtype) * (limits / highest)
         return SparseCode(torch.where(used, atoms, -1), torch.where(used, levels, 0))
 
-# %% ../nbs/03_bottleneck.ipynb #7220a101
-@register("dl")
-class DictionaryLearning(_SparseSymbols, Bottleneck):
-    """A sum of at most S atoms of a learned dictionary for each latent or patch of latents.
-
-    In training every forward pass also updates usage and coefficient limits and revives dead atoms, in step over all
-    processes of torch.distributed; the dictionary itself learns by gradient, from `loss`.
-    """
-    def __init__(
-        self,
-        num_embeddings: int = 512,  # atoms in the dictionary, K
-        embedding_dim: int = 64,  # numbers in a latent vector, D
-        sparsity_level: int = 4,  # atoms for one code, at most, S
-        commitment_cost: float = 0.25,  # weight of the term that keeps the encoder near its code
-        patch_size: int = 1,  # latent vectors along each side of a coded patch, p; an atom has M = D*p*p numbers
-        method: str = "omp",  # pursuit: omp, ormp or mp
-        diversity: float = 0.0,  # weight of the pursuit's bonus for little-used atoms; 0: off
-        *,
-        gradient: str = "straight_through",  # or refit: through the least squares on the chosen atoms
-        coefficient_bits: int | None = None,  # bits for one coefficient, really rounded; None: continuous
-        rate_weight: float = 0.0,  # squared error on a signal that a bit is worth (lambda); 0: bits cost nothing
-        step: float | None = None,  # width of a coefficient's level where bits count; None: 2.3 * sqrt(rate_weight)
-        max_level: int = 63,  # largest level where bits count
-        coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms; 0: off
-        init: str = "data",  # first atoms: data, kmeans or pca (of the first training batch) or random
-        revive_below: float | None = None,  # an atom used less than this part of an equal share is revived; None: 0.3, 0.01 where bits count
-        seed: int = 0,  # of the random start, the first placing and the revivals
-    ):
-        if revive_below is None: revive_below = 0.01 if rate_weight else 0.3
-        super().__init__(num_embeddings, embedding_dim,
-                         commitment_cost=commitment_cost, patch_size=patch_size,
-                         init=init, revive_below=revive_below, seed=seed)
-        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient,
-                               coefficient_bits, rate_weight, step, max_level)
-        self.sparsity_level, self.method, self.diversity = sparsity_level, method, diversity
-        self.gradient, self.coefficient_bits, self.coherence_penalty = (
-            gradient, coefficient_bits, coherence_penalty)
-        self.rate_weight, self.step, self.max_level = rate_weight, step, max_level
-        self.register_buffer("coefficient_limits", torch.zeros(sparsity_level))
-        # of the last 100 batches or so
-        self.register_buffer("level_counts", torch.zeros(num_embeddings, 2 * max_level + 1))
-        start = torch.randn(self.signal_dim, num_embeddings, generator=self._generator())
-        self._unit = None            # the parameter, and the version of it, known to have unit norm
-        self.register_parameter("dictionary", nn.Parameter(normalize_atoms(start)))
-
-    later_buffers = (*Bottleneck.later_buffers, "level_counts")
-    inits = (*Bottleneck.inits, "pca")
-
+# %% ../nbs/03_bottleneck.ipynb #ec06293d
+class _UnitAtoms:
+    "A dictionary whose atoms have unit norm, and where it starts."
     @property
     def dictionary(self) -> Tensor:
         "The parameter [M, K], atoms in columns, of unit norm whenever it is read."
@@ -904,14 +912,83 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         _ = self.dictionary
 
     def _atoms(self):
-        "Unit atoms [M, K] for one forward pass, in float32 at least. The parameter itself is left alone."
+        """Unit atoms [M, K] for one forward pass, in float32 at least.
+        The parameter itself is left alone."""
         atoms = self._parameters["dictionary"]
         # the graph keeps this copy, so the parameter may be moved in place
         if torch.is_grad_enabled(): atoms = atoms.clone()
         return _on_sphere(atoms.to(torch.promote_types(atoms.dtype, torch.float32)))
 
+    @torch.no_grad()
+    def set_dictionary(self, atoms: Tensor) -> None:
+        """Put `atoms` [M, k], k <= K, first in the dictionary, at unit norm,
+        and keep it from being initialised again."""
+        if (atoms.ndim != 2 or len(atoms) != len(self.dictionary)
+            or atoms.shape[1] > self.num_embeddings):
+            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most "
+                             f"{self.num_embeddings}], one a column, got {list(atoms.shape)}")
+        self.dictionary[:, :atoms.shape[1]] = normalize_atoms(atoms)
+        self.ema_counts.fill_(1)
+        self._placed()
+
+    def initialize(self, signals: Tensor) -> None:
+        """Atoms from the first training batch: directions of signals, or centres of these;
+        with pca its principal axes come first."""
+        axes, init = signals[:0], self.init
+        if init == "pca":
+            moments = _over_processes((signals.T @ signals).double())
+            axes = torch.linalg.eigh(moments)[1].flip(1).T[:self.num_embeddings].to(signals)
+            main = axes[:len(axes) // 4]
+            # directions of what a few axes leave
+            signals, init = signals - signals @ main.T @ main, "data"
+        norm = torch.linalg.vector_norm(signals, dim=1, keepdim=True)
+        rows = first_rows(torch.where(norm > 0, signals / norm, 0),
+                          self.num_embeddings - len(axes), init, self._generator())
+        rows = rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3]   # a zero signal has no direction
+        self.set_dictionary(torch.cat([axes, rows]).T)
+
+# %% ../nbs/03_bottleneck.ipynb #d66ebb07
+class _LearnedAtoms:
+    """What a training batch teaches besides the gradient: ranges, counts of levels,
+    atoms in place of dead ones."""
+    def _track_limits(self, code):
+        """The largest coefficient of each slot: up at once, down by a hundredth of the
+        difference a batch."""
+        largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(
+            self.coefficient_limits.dtype)
+        self.coefficient_limits.copy_(
+            torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
+
+    @torch.no_grad()
+    def _track_levels(self, code):
+        "How often each atom had each level: a sum that forgets a hundredth of itself a batch."
+        counts = rate.count_levels(code, self.num_embeddings, self.max_level, self.level_width)
+        self.level_counts.mul_(0.99).add_(_over_processes(counts))
+
+    def learn(self, signals: Tensor, decoded: Tensor, codes: SparseCode, counts: Tensor) -> None:
+        "The least used atoms, where dead, become the directions of the worst coded signals."
+        self.after_step()
+        if not self.revive_below: return
+        count = max(1, self.num_embeddings // 16)
+        errors, rows = _worst(signals, (signals - decoded).square().sum(1), count)
+        atoms = self.ema_counts.topk(count, largest=False).indices                       # [count]
+        energy = rows.square().sum(1)
+        share = self.ema_counts.mean()
+        replace = (self.ema_counts[atoms] < self.revive_below * share) & (errors > 1e-6 * energy)
+        fresh = (rows / energy.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).T.to(
+            self.dictionary.dtype)
+        self.dictionary[:, atoms] = torch.where(replace, fresh, self.dictionary[:, atoms])
+        self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
+        if self.rate_weight:      # at the price of its former self a new atom would never be chosen
+            self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0),
+                                                   self.level_counts[atoms])
+
+# %% ../nbs/03_bottleneck.ipynb #38618a8c
+class _SparseCoding:
+    "Signals to sparse codes by pursuit, and back."
     def encode_signals(self, signals: Tensor) -> SparseCode:
-        "Signals [N, M] to sparse codes [N, S], rounded if so asked, with the gradient of the refit if so asked."
+        """Signals [N, M] to sparse codes [N, S], rounded if so asked,
+        with the gradient of the refit if so asked."""
         return self._code(signals)
 
     def training_codes(self, signals: Tensor) -> SparseCode: return self._code(signals, track=True)
@@ -960,69 +1037,62 @@ class DictionaryLearning(_SparseSymbols, Bottleneck):
         return (straight_through(signals, decoded)
                 if self.gradient == "straight_through" else decoded)
 
-    @torch.no_grad()
-    def set_dictionary(self, atoms: Tensor) -> None:
-        "Put `atoms` [M, k], k <= K, first in the dictionary, at unit norm, and keep it from being initialised again."
-        if (atoms.ndim != 2 or len(atoms) != len(self.dictionary)
-            or atoms.shape[1] > self.num_embeddings):
-            raise ValueError(f"expected atoms [{len(self.dictionary)}, at most "
-                             f"{self.num_embeddings}], one a column, got {list(atoms.shape)}")
-        self.dictionary[:, :atoms.shape[1]] = normalize_atoms(atoms)
-        self.ema_counts.fill_(1)
-        self._placed()
+# %% ../nbs/03_bottleneck.ipynb #7220a101
+@register("dl")
+class DictionaryLearning(_UnitAtoms, _LearnedAtoms, _SparseCoding, _SparseSymbols, Bottleneck):
+    """A sum of at most S atoms of a learned dictionary for each latent or patch of latents.
 
-    def initialize(self, signals: Tensor) -> None:
-        "Atoms from the first training batch: directions of signals, or centres of these; with pca its principal axes come first."
-        axes, init = signals[:0], self.init
-        if init == "pca":
-            moments = _over_processes((signals.T @ signals).double())
-            axes = torch.linalg.eigh(moments)[1].flip(1).T[:self.num_embeddings].to(signals)
-            main = axes[:len(axes) // 4]
-            # directions of what a few axes leave
-            signals, init = signals - signals @ main.T @ main, "data"
-        norm = torch.linalg.vector_norm(signals, dim=1, keepdim=True)
-        rows = first_rows(torch.where(norm > 0, signals / norm, 0),
-                          self.num_embeddings - len(axes), init, self._generator())
-        rows = rows[torch.linalg.vector_norm(rows, dim=1) > 1e-3]   # a zero signal has no direction
-        self.set_dictionary(torch.cat([axes, rows]).T)
+    In training every forward pass also updates usage and coefficient limits and revives dead atoms,
+    in step over all processes of torch.distributed;
+    the dictionary itself learns by gradient, from `loss`.
+    """
+    def __init__(
+        self,
+        num_embeddings: int = 512,  # atoms in the dictionary, K
+        embedding_dim: int = 64,  # numbers in a latent vector, D
+        sparsity_level: int = 4,  # atoms for one code, at most, S
+        commitment_cost: float = 0.25,  # weight of the term that keeps the encoder near its code
+        patch_size: int = 1,  # latents along a side of a patch, p; an atom has M = D*p*p numbers
+        method: str = "omp",  # pursuit: omp, ormp or mp
+        diversity: float = 0.0,  # weight of the pursuit's bonus for little-used atoms; 0: off
+        *,
+        gradient: str = "straight_through",  # or refit: through least squares on the chosen atoms
+        coefficient_bits: int | None = None,  # bits a coefficient, really rounded; None: continuous
+        rate_weight: float = 0.0,  # squared error of a signal a bit is worth (lambda); 0: bits free
+        step: float | None = None,  # width of a level where bits count; None: 2.3*sqrt(rate_weight)
+        max_level: int = 63,  # largest level where bits count
+        coherence_penalty: float = 0.0,  # weight of the mean squared cosine between atoms; 0: off
+        init: str = "data",  # first atoms: data, kmeans or pca (of the first batch) or random
+        revive_below: float | None = None,  # revived below this part of an equal share; None: 0.3, 0.01 if bits count
+        seed: int = 0,  # of the random start, the first placing and the revivals
+    ):
+        if revive_below is None: revive_below = 0.01 if rate_weight else 0.3
+        super().__init__(num_embeddings, embedding_dim,
+                         commitment_cost=commitment_cost, patch_size=patch_size,
+                         init=init, revive_below=revive_below, seed=seed)
+        _check_pursuit_options(num_embeddings, sparsity_level, method, gradient,
+                               coefficient_bits, rate_weight, step, max_level)
+        self.sparsity_level, self.method, self.diversity = sparsity_level, method, diversity
+        self.gradient, self.coefficient_bits, self.coherence_penalty = (
+            gradient, coefficient_bits, coherence_penalty)
+        self.rate_weight, self.step, self.max_level = rate_weight, step, max_level
+        self.register_buffer("coefficient_limits", torch.zeros(sparsity_level))
+        # of the last 100 batches or so
+        self.register_buffer("level_counts", torch.zeros(num_embeddings, 2 * max_level + 1))
+        start = torch.randn(self.signal_dim, num_embeddings, generator=self._generator())
+        self._unit = None            # the parameter, and the version of it, known to have unit norm
+        self.register_parameter("dictionary", nn.Parameter(normalize_atoms(start)))
 
-    def _track_limits(self, code):
-        "The largest coefficient of each slot: up at once, down by a hundredth of the difference a batch."
-        largest = _over_processes(_tame(coefficient_limit(code)), "MAX").to(
-            self.coefficient_limits.dtype)
-        self.coefficient_limits.copy_(
-            torch.maximum(largest, torch.lerp(self.coefficient_limits, largest, 0.01)))
-
-    @torch.no_grad()
-    def _track_levels(self, code):
-        "How often each atom had each level: a sum that forgets a hundredth of itself a batch."
-        counts = rate.count_levels(code, self.num_embeddings, self.max_level, self.level_width)
-        self.level_counts.mul_(0.99).add_(_over_processes(counts))
-
-    def learn(self, signals: Tensor, decoded: Tensor, codes: SparseCode, counts: Tensor) -> None:
-        "The least used atoms, where dead, become the directions of the worst coded signals."
-        self.after_step()
-        if not self.revive_below: return
-        count = max(1, self.num_embeddings // 16)
-        errors, rows = _worst(signals, (signals - decoded).square().sum(1), count)
-        atoms = self.ema_counts.topk(count, largest=False).indices                       # [count]
-        energy = rows.square().sum(1)
-        share = self.ema_counts.mean()
-        replace = (self.ema_counts[atoms] < self.revive_below * share) & (errors > 1e-6 * energy)
-        fresh = (rows / energy.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).T.to(
-            self.dictionary.dtype)
-        self.dictionary[:, atoms] = torch.where(replace, fresh, self.dictionary[:, atoms])
-        self.ema_counts[atoms] = torch.where(replace, share, self.ema_counts[atoms])
-        if self.rate_weight:      # at the price of its former self a new atom would never be chosen
-            self.level_counts[atoms] = torch.where(replace[:, None], self.level_counts.mean(0),
-                                                   self.level_counts[atoms])
+    later_buffers = (*Bottleneck.later_buffers, "level_counts")
+    inits = (*Bottleneck.inits, "pca")
 
     @property
     def candidates(self) -> int: return self.num_embeddings * self.sparsity_level
 
     def bits_per_code(self) -> int:
-        """S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous, or, where bits count, the
-        most that a code can take without tables. One code covers p x p latents."""
+        """S * (ceil(log2 K) + b), b bits a coefficient, 32 where coefficients are continuous,
+        or, where bits count, the most that a code can take without tables.
+        One code covers p x p latents."""
         if self.rate_weight:
             return self.sparsity_level * (rate.nominal_bits(self.num_embeddings + 1)
                                           + rate.nominal_bits(2 * self.max_level))

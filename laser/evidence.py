@@ -36,7 +36,7 @@ def rate_curve(
     test: Iterable[Tensor],  # batches of held-out images
     settings: list[dict],  # one point each: attributes of the bottleneck and their values
     name: str = "",  # of the method, for the first column
-) -> pd.DataFrame:  # a row a point and image: method, point, image, bpp (coded), bpp_ideal, mse, ssim
+) -> pd.DataFrame:  # a row each: method, point, image, bpp (coded), bpp_ideal, mse, ssim
     "Bits and error of every image at every setting. `ValueError` where the codes have no finite alphabet."
     rows, bottleneck = [], model.eval().bottleneck
     for point, setting in enumerate(settings):

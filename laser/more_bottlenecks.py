@@ -48,7 +48,8 @@ def rotated(
     signals: Tensor,  # [N, M]
     decoded: Tensor,  # [N, M], what stands for them
 ) -> Tensor:  # [N, M]
-    "The value of `decoded`, to the bit, and the gradient of the signals rotated onto it. Source: Fifty et al. 2024."
+    """The value of `decoded`, to the bit, and the gradient of the signals rotated onto it.
+    Source: Fifty et al. 2024."""
     from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to  # takes seconds to import
 
     if not signals.requires_grad: return decoded.detach()
@@ -65,7 +66,8 @@ class RotationVQ(VectorQuantizer):
 # %% ../nbs/04_more_bottlenecks.ipynb #09c6a6ed
 @register("simvq")
 class SimVQ(Bottleneck):
-    "Nearest entry of a frozen codebook seen through one learned linear map. Source: Zhu et al. 2024."
+    """Nearest entry of a frozen codebook seen through one learned linear map. Source: Zhu et al.
+    2024."""
     def __init__(
         self,
         num_embeddings: int = 512,  # entries in the codebook, K
@@ -97,10 +99,11 @@ class SimVQ(Bottleneck):
 # %% ../nbs/04_more_bottlenecks.ipynb #49f78a66
 @register("fsq")
 class FSQ(Bottleneck):
-    "A few numbers for each signal, each rounded to one of a few levels. Source: Mentzer et al. 2023."
+    """A few numbers for each signal, each rounded to one of a few levels. Source: Mentzer et al.
+    2023."""
     def __init__(
         self,
-        levels: str = "8x5x5x5",  # levels of each number, joined by x; their product is the size of the alphabet
+        levels: str = "8x5x5x5",  # levels of each number, joined by x; product: the alphabet's size
         embedding_dim: int = 64,  # numbers in a latent vector, D
         patch_size: int = 1,  # latent vectors along each side of a coded patch
     ):
@@ -133,7 +136,8 @@ class FSQ(Bottleneck):
 class ScalarQuantizer(Bottleneck):
     """Every number of a signal rounded to a level, with a table for each: transform coding.
 
-    Source: Ballé, Laparra and Simoncelli 2017, with a logistic prior for each number, learned by gradient.
+    Source: Ballé, Laparra and Simoncelli 2017, with a logistic prior for each number,
+    learned by gradient.
     """
     def __init__(
         self,
@@ -157,13 +161,15 @@ class ScalarQuantizer(Bottleneck):
         return rate.STEP_RATIO * math.sqrt(self.rate_weight)
 
     def prior_bits(self, levels: Tensor) -> Tensor:
-        "Bits of levels [..., M], whole or not, under the learned prior: -log2 of its weight within half a level."
+        """Bits of levels [..., M], whole or not, under the learned prior: -log2 of its weight
+        within half a level."""
         scale = self.log_scale.exp()
         inside = torch.sigmoid((levels + 0.5) / scale) - torch.sigmoid((levels - 0.5) / scale)
         return -inside.clamp_min(1e-9).log2()
 
     def encode_signals(self, signals: Tensor) -> Tensor:
-        "Signals [N, M] to levels [N, M], the nearest or the one before it, whichever costs less; 0 is max_level."
+        """Signals [N, M] to levels [N, M], the nearest or the one before it,
+        whichever costs less; 0 is max_level."""
         x = signals.detach() / self.level_width
         nearest = x.round().clamp(-self.max_level, self.max_level)
         smaller = nearest - nearest.sign()
@@ -179,27 +185,57 @@ class ScalarQuantizer(Bottleneck):
         return (codes - self.max_level) * self.level_width
 
     def losses(self, signals: Tensor, decoded: Tensor) -> Tensor:
-        "lambda times the bits of noisy levels, as squared errors are: over the numbers of a signal."
+        """lambda times the bits of noisy levels, as squared errors are: over the numbers of a
+        signal."""
         levels = (signals / self.level_width + torch.rand_like(signals) - 0.5
                   if self.training else decoded / self.level_width)
         return self.rate_weight * self.prior_bits(levels).mean()
 
+# %% ../nbs/04_more_bottlenecks.ipynb #6b7fa8b4
+class _Groups:
+    "Codes of groups: an index into each group's codebook."
+    def _by_group(self, signals):
+        return zip(self.groups, signals.chunk(self.num_groups, 1), strict=True)
+
+    def encode_signals(self, signals: Tensor) -> Tensor:
+        "Signals [N, M] to the index of each group's entry [N, groups]."
+        prices = self.prices() if self.rate_weight else [None] * self.num_groups
+        return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook,
+                                                  bits, self.rate_weight)
+                            for (group, part), bits in zip(self._by_group(signals), prices)], 1)
+
+    def prices(self) -> Tensor:
+        """[groups, K] bits of each entry: by the fitted tables;
+        by the running usage in training and before."""
+        if len(self.rate_points) and not self.training:
+            return self.symbol_bits().view(self.num_groups, -1)
+        uses = rate.smooth_counts(self.ema_counts / (1 - self.decay))
+        return rate.table_bits(uses, self.table_sizes()).view(self.num_groups, -1)
+
+    def decode_signals(self, codes: Tensor) -> Tensor:
+        return torch.cat([group.decode_signals(code)
+                          for group, code in zip(self.groups, codes.unbind(1))], 1)
+
+    def code_entries(self, codes: Tensor) -> Tensor:
+        return codes + self.num_embeddings * torch.arange(self.num_groups, device=codes.device)
+
 # %% ../nbs/04_more_bottlenecks.ipynb #a8544b9d
 @register("pq")
-class ProductVQ(Bottleneck):
-    "A codebook for each group of a signal's numbers. Sources: Jégou, Douze and Schmid 2011; Yang et al. 2023."
+class ProductVQ(_Groups, Bottleneck):
+    """A codebook for each group of a signal's numbers. Sources: Jégou, Douze and Schmid 2011;
+    Yang et al. 2023."""
     def __init__(
         self,
         num_embeddings: int = 512,  # entries in each codebook, K
         embedding_dim: int = 64,  # numbers in a latent vector, D
-        num_groups: int = 4,  # groups, each with its own codebook; must divide the length of a signal
+        num_groups: int = 4,  # groups, each with a codebook; must divide the length of a signal
         commitment_cost: float = 0.25,  # weight of the term that keeps the encoder near its entries
         decay: float = 0.99,  # of the moving averages that make the codebooks
         patch_size: int = 1,  # latent vectors along each side of a coded patch
         *,
-        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); 0: the nearest entries
-        init: str = "kmeans",  # first codebooks: kmeans or data (of the first training batch) or random (normal)
-        revive_below: float = 0.1,  # an entry used less than this part of an equal share is revived; 0: never
+        rate_weight: float = 0.0,  # squared error a bit is worth (lambda); 0: the nearest entries
+        init: str = "kmeans",  # first codebooks: kmeans, data (of the first batch), random (normal)
+        revive_below: float = 0.1,  # revived below this part of an equal share of uses; 0: never
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
         super().__init__(num_embeddings, embedding_dim,
@@ -215,30 +251,6 @@ class ProductVQ(Bottleneck):
             VectorQuantizer(num_embeddings, self.signal_dim // num_groups, decay=decay, init=init,
                             revive_below=revive_below, seed=seed * num_groups + g)
             for g in range(num_groups))
-
-    def _by_group(self, signals):
-        return zip(self.groups, signals.chunk(self.num_groups, 1), strict=True)
-
-    def encode_signals(self, signals: Tensor) -> Tensor:
-        "Signals [N, M] to the index of each group's entry [N, groups]."
-        prices = self.prices() if self.rate_weight else [None] * self.num_groups
-        return torch.stack([rate.nearest_entry_rd(part.detach(), group.codebook,
-                                                  bits, self.rate_weight)
-                            for (group, part), bits in zip(self._by_group(signals), prices)], 1)
-
-    def prices(self) -> Tensor:
-        "[groups, K] bits of each entry: by the fitted tables; by the running usage in training and before."
-        if len(self.rate_points) and not self.training:
-            return self.symbol_bits().view(self.num_groups, -1)
-        uses = rate.smooth_counts(self.ema_counts / (1 - self.decay))
-        return rate.table_bits(uses, self.table_sizes()).view(self.num_groups, -1)
-
-    def decode_signals(self, codes: Tensor) -> Tensor:
-        return torch.cat([group.decode_signals(code)
-                          for group, code in zip(self.groups, codes.unbind(1))], 1)
-
-    def code_entries(self, codes: Tensor) -> Tensor:
-        return codes + self.num_embeddings * torch.arange(self.num_groups, device=codes.device)
 
     def initialize(self, signals: Tensor) -> None:
         for group, part in self._by_group(signals): group.initialize(part.contiguous())
@@ -276,7 +288,8 @@ def residual_search(
     depth: int | None = None,  # stages at most; None: T
     whole: bool = False,  # use exactly `depth` stages
 ) -> tuple[Tensor, Tensor]:  # int64 indices [N, T], -1 unused, and levels [N, T], 0 where none is
-    "Codes by squared error and prices: a beam over the stages. Source: Barnes, Rizvi and Nasrabadi 1996."
+    """Codes by squared error and prices: a beam over the stages.
+    Source: Barnes, Rizvi and Nasrabadi 1996."""
     N, A, (T, K) = signals.shape[0], len(entries), entry_price.shape
     depth, squares = T if depth is None else depth, entries.square().sum(1)
     indices, levels = (signals.new_full((N, T), -1, dtype=torch.int64),
@@ -342,7 +355,8 @@ register_operator(_residual_search, _fake_search)
 
 # %% ../nbs/04_more_bottlenecks.ipynb #1f6b2b7b
 class _Chain:
-    "What the codes of residual VQ are made of: a flag, then for each stage its entry, a level if it has gains, a flag."
+    """What the codes of residual VQ are made of: a flag, then for each stage its entry,
+    a level if it has gains, a flag."""
     def _layout(self):
         "What each symbol is: (kind, stage), kind 0 for a flag, 1 for an entry, 2 for a level."
         chain = [(0, -1)]
@@ -387,6 +401,9 @@ class _Chain:
             levels[:, t] = torch.where(level >= 0, level + 1, level)
         return self._codes(torch.where(used, indices, -1), torch.where(used, levels, 0))
 
+# %% ../nbs/04_more_bottlenecks.ipynb #d2ceb9bb
+class _ChainPrices:
+    "What the symbols of a chain cost."
     def _helped(self, counts):
         "Counts of all tables, with those of an entry helped by those of its dictionary."
         K, A, T = self.num_embeddings, self.num_entries, self.num_quantizers
@@ -405,8 +422,8 @@ class _Chain:
         super().fit_tables(self._helped(counts))
 
     def prices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2], in squared error: by the
-        fitted tables; by the running ones in training and before."""
+        """Prices of entries [T, K], levels [A, 2 * max_level + 1] and flags [A + 1, 2],
+        in squared error: by the fitted tables; by the running ones in training and before."""
         K, A, T, most = self.num_embeddings, self.num_entries, self.num_quantizers, self.max_level
         if not self.price_of_bits: bits = self.symbol_counts.new_zeros(self.symbol_counts.shape)
         elif len(self.rate_points) and not self.training: bits = self.symbol_bits()
@@ -420,13 +437,224 @@ class _Chain:
         level = torch.cat([level[:, :most], level[:, -1:], level[:, most:-1]], 1)
         return entry.view(T, K), level, torch.cat([flags, start]).view(A + 1, 2)
 
+# %% ../nbs/04_more_bottlenecks.ipynb #58062d2e
+class _StageSum:
+    "What a code stands for: the sum of its entries times their gains."
+    def _chosen(self, codes):
+        """The row of each stage's entry [N, T], the number of entries where there is none,
+        and its gain."""
+        indices, levels = self._parts(codes)
+        rows = torch.where(indices < 0, self.num_entries,
+                           indices + torch.tensor(self._first, device=indices.device))
+        gains = torch.where(torch.tensor(self._gained, device=levels.device),
+                            levels * self.gain_step, 1.0)
+        return rows, torch.where(indices < 0, 0, gains).to(self.entries.dtype)
+
+    def decode_signals(self, codes) -> Tensor:
+        """Codes to the sums of their entries [N, M].
+        On the CPU, `ValueError` for an index that is no entry."""
+        indices = self._parts(codes)[0]
+        visible = (indices.device.type == "cpu"
+                   and not torch.compiler.is_compiling() and indices.numel() > 0)
+        if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
+            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
+                             f"got {int(indices.min())}..{int(indices.max())}; "
+                             "decode with the bottleneck that made them")
+        return self._sum(*self._chosen(codes))
+
+    def _sum(self, rows, gains):
+        entries = F.pad(
+            self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
+        total = entries.new_zeros(rows.shape[0], entries.shape[1])
+        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
+            total = total + gain[:, None] * F.embedding(row, entries)
+        return total
+
+    def code_entries(self, codes) -> Tensor:
+        rows, _ = self._chosen(codes)
+        return torch.where(rows == self.num_entries, -1, rows)
+
+# %% ../nbs/04_more_bottlenecks.ipynb #5c78852e
+class _StageSearch:
+    "How a code is found, and at which price of a bit."
+    def encode_signals(self, signals: Tensor):
+        "Signals [N, M] to codes."
+        return self._codes(*self._search(signals, self.depth, self.beam))
+
+    def training_codes(self, signals: Tensor):
+        depth = self.num_quantizers
+        if self.stage_dropout:                                      # the same draw on every process
+            drop, stages = torch.rand(2, generator=self._generator()).tolist()
+            if drop < self.stage_dropout: depth = 1 + int(stages * depth)
+        return self._codes(*self._search(signals, depth, self.beam))
+
+    def _search(self, signals, depth, beam):
+        "Indices and levels of signals [N, M]."
+        signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
+        if beam == 1 and not self.price_of_bits and not any(self._gained):
+            return self._nearest(signals, depth)
+        # a compiled model keeps what its last plain call made
+        if not (self.training or torch.compiler.is_compiling()):
+            buffers = self.entries, self.symbol_counts, self.table_counts
+            made_of = (self.rate_weight, self.gain_step,
+                       *((b.data_ptr(), b._version) for b in buffers))
+            if self._kept is None or self._kept[0] != made_of:
+                self._kept = made_of, *self._prepare()
+        gram, prices, step = self._kept[1:] if self._kept else self._prepare()
+        return torch.ops.laser.residual_search(signals, self.entries, gram,
+                                               self._first, self._gained, *prices, step,
+                                               beam, depth, self._whole)
+
+    def _prepare(self):
+        "Gram matrix of the entries, prices, and width of a level."
+        with exact_products() if self.entries.is_cuda else no_autocast("cpu"):
+            gram = self.entries @ self.entries.T
+        return gram, self.prices(), self.gain_step
+
+    def _nearest(self, signals, depth):
+        "The search where bits cost nothing and the beam is one: a lookup a stage."
+        indices = signals.new_full((signals.shape[0], self.num_quantizers), -1, dtype=torch.int64)
+        for t, first in enumerate(self._first[:depth]):
+            codebook = self.entries[first:first + self.num_embeddings]
+            indices[:, t] = nearest_entry(signals, codebook)
+            signals = signals - F.embedding(indices[:, t], codebook)
+        return indices, torch.zeros_like(indices)
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
+    @property
+    def price_of_bits(self) -> float:
+        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches:
+        latents of a new encoder are small, and where no bit pays nothing is coded,
+        and nothing is learned."""
+        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2)
+                                   if self.training else 1.0)
+
+    @property
+    def _whole(self): return not self.price_of_bits          # use every stage, if bits cost nothing
+
+# %% ../nbs/04_more_bottlenecks.ipynb #173e638a
+class _StageLearning:
+    "How entries are placed and learn from a batch."
+    @torch.no_grad()
+    def initialize(self, signals: Tensor) -> None:
+        residual = signals
+        for d in range(self.num_codebooks):
+            first = d * self.num_embeddings
+            # zero has no direction
+            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)
+            rows = first_rows(residual, self.num_embeddings, self.init, self._generator())
+            self.entries[first:first + len(rows)] = rows
+            self.entries.copy_(self._shaped(self.entries))
+            codes = self._codes(*self._search(signals, d + 1, 1))
+            residual = signals - self.decode_signals(codes)
+        self.ema_sums.copy_(self.entries)
+        for average in (self.ema_mass, self.ema_counts): average.fill_(1)
+
+    def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
+        "Move the averages and the entries by one batch, then revive the dead."
+        rows, gains = self._chosen(codes)
+        residual, A = (signals.to(self.entries.dtype) - decoded.to(self.entries.dtype),
+                       self.num_entries)
+        # the last column: the sum of squared gains
+        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)
+        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
+            sums.index_add_(0, row, torch.cat([gain[:, None] * residual, gain[:, None] ** 2], 1))
+        sums, mass = _over_processes(sums)[:A].split([residual.shape[1], 1], 1)
+        self.ema_sums.lerp_(sums + mass * self.entries, 1 - self.decay)
+        self.ema_mass.lerp_(mass[:, 0], 1 - self.decay)
+        self.entries.copy_(self._shaped(self.ema_sums / self.ema_mass.clamp_min(1e-20)[:, None]))
+        symbols = _over_processes(self.count_symbols(codes))
+        self.symbol_counts.lerp_(symbols.to(self.symbol_counts.dtype), 1 - self.decay)
+        if self.revive_below: self._revive(signals, rows, gains, counts)
+
+# %% ../nbs/04_more_bottlenecks.ipynb #d0125c06
+class _StageRevival:
+    "How entries that nobody uses find work."
+    def _revive(self, signals, rows, gains, counts):
+        "Dead entries become residuals of this batch, with an equal share to start from."
+        K, generator, residual = (self.num_embeddings, self._generator(),
+                                  signals.to(self.entries.dtype))
+        share = self.ema_counts.view(-1, K).mean(1, keepdim=True).expand(-1, K).flatten()
+        equal = counts.view(-1, K).sum(1, keepdim=True).expand(-1, K).flatten() / K
+        self.expected.copy_(torch.where(counts > 0, 0, self.expected + equal))
+        dead = ((self.ema_counts < self.revive_below * share)
+                | (self.revive_below * self.expected > PATIENCE))
+        fresh = []
+        for d in range(self.num_codebooks):
+            fresh.append(_rows_at(residual, _spread(K, generator)))
+            residual = residual - self._sum(rows[:, d:d + 1], gains[:, d:d + 1])
+        fresh = self._shaped(torch.cat(fresh))
+        dead &= fresh.square().sum(1) > 0
+        self.entries.copy_(torch.where(dead[:, None], fresh, self.entries))
+        self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
+        self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
+        self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
+        self.expected.masked_fill_(dead, 0)
+        if self.rate_weight:     # at the price of its former self a new entry would never be chosen
+            for t, first in enumerate(self._first):
+                uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
+                uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
+
+# %% ../nbs/04_more_bottlenecks.ipynb #5a23798c
+class _LeastSquares:
+    "How entries are found for signals that are all there."
+    @torch.no_grad()
+    def fit(
+        self,
+        signals: Tensor,  # [N, M], all of them at once
+        iterations: int = 8,  # of coding, solving and counting
+    ) -> None:
+        """Entries and tables for given signals, without averages: for patches of images,
+        or trained latents."""
+        self.train()
+        if not self._state()[0]: self.initialize(signals)
+        # bits have their full price
+        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))
+        for i in range(iterations + 1):
+            codes = self._codes(*self._search(signals, self.num_quantizers, self.beam))
+            self.symbol_counts.copy_(self.count_symbols(codes) * (1 - self.decay))
+            if i < iterations:
+                self._solve(signals, codes, torch.Generator().manual_seed(self.seed + i))
+        self.fit_tables(codes), self.eval()
+
+    def _solve(self, signals, codes, generator):
+        """The entries of least squared error for these codes;
+        those hardly used become badly coded signals."""
+        (rows, gains), A = self._chosen(codes), self.num_entries
+        normal, right = signals.new_zeros(A * A), signals.new_zeros(A, signals.shape[1])
+        for t in range(self.num_quantizers):
+            used = rows[:, t] < A  # then the stages before are used as well
+            row, gain = rows[used], gains[used]
+            right.index_add_(0, row[:, t], gain[:, t, None] * signals[used])
+            for s in range(t + 1):
+                for a, b in {(s, t), (t, s)}:
+                    normal.index_add_(0, row[:, a] * A + row[:, b], gain[:, a] * gain[:, b])
+        normal = normal.view(A, A)
+        ridge = 1e-3 * normal.diagonal().mean()
+        entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device),
+                                     right + ridge * self.entries)
+        few = torch.bincount(rows.flatten(), minlength=A + 1)[:A] < 2
+        residual = signals - self.decode_signals(codes)
+        if few.any():
+            worst = torch.multinomial(residual.square().sum(1).cpu(),
+                                      int(few.sum()), True, generator=generator)
+            entries[few] = residual[worst].to(entries.dtype)
+        self.entries.copy_(self._shaped(entries))
+        self.ema_counts.copy_(torch.bincount(rows.flatten(), minlength=A + 1)[:A])
+
 # %% ../nbs/04_more_bottlenecks.ipynb #80b5988c
 @register("rvq")
-class ResidualVQ(_Chain, Bottleneck):
-    """A sum of entries, one for each stage, as many as pay. Sources: Juang and Gray 1982; Zeghidour et al. 2021.
+class ResidualVQ(_Chain, _ChainPrices, _StageSum, _StageSearch, _StageLearning, _StageRevival,
+                 _LeastSquares, Bottleneck):
+    """A sum of entries, one for each stage, as many as pay. Sources: Juang and Gray 1982;
+    Zeghidour et al. 2021.
 
-    Codes are indices [..., num_quantizers], -1 where a stage is not used. `depth` may be lowered on a trained model,
-    and `rate_weight` changed (then `fit_tables` again): both trade bits for error.
+    Codes are indices [..., num_quantizers], -1 where a stage is not used.
+    `depth` may be lowered on a trained model, and `rate_weight` changed (then `fit_tables` again):
+    both trade bits for error.
     """
     max_level = 0              # of gains, of which there are none
     rebuilt_buffers = "ema_sums", "symbol_counts"
@@ -441,11 +669,11 @@ class ResidualVQ(_Chain, Bottleneck):
         decay: float = 0.99,  # of the moving averages that make the codebooks
         patch_size: int = 1,  # latent vectors along each side of a coded patch
         *,
-        num_codebooks: int | None = None,  # stages with a codebook of their own, later ones share the last; None: all
+        num_codebooks: int | None = None,  # own codebooks, later stages share the last; None: all
         beam: int = 1,  # sums kept at each stage of the search
-        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda); 0: all stages, whatever they cost
-        stage_dropout: float = 0.0,  # part of the training batches that are coded with fewer stages, drawn anew
-        init: str = "kmeans",  # first entries: kmeans or data (of the first training batch) or random (normal)
+        rate_weight: float = 0.0,  # squared error a bit is worth (lambda); 0: all stages
+        stage_dropout: float = 0.0,  # part of the training batches coded with fewer stages
+        init: str = "kmeans",  # first entries: kmeans, data (of the first batch), random (normal)
         revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing, dropped stages and the revivals
     ):
@@ -491,52 +719,6 @@ class ResidualVQ(_Chain, Bottleneck):
         return self.num_quantizers * (rate.nominal_bits(self.num_embeddings)
                                       + bool(self.rate_weight))
 
-    def _search(self, signals, depth, beam):
-        "Indices and levels of signals [N, M]."
-        signals, depth = signals.detach().to(self.entries.dtype), min(depth, self.num_quantizers)
-        if beam == 1 and not self.price_of_bits and not any(self._gained):
-            return self._nearest(signals, depth)
-        # a compiled model keeps what its last plain call made
-        if not (self.training or torch.compiler.is_compiling()):
-            buffers = self.entries, self.symbol_counts, self.table_counts
-            made_of = (self.rate_weight, self.gain_step,
-                       *((b.data_ptr(), b._version) for b in buffers))
-            if self._kept is None or self._kept[0] != made_of:
-                self._kept = made_of, *self._prepare()
-        gram, prices, step = self._kept[1:] if self._kept else self._prepare()
-        return torch.ops.laser.residual_search(signals, self.entries, gram,
-                                               self._first, self._gained, *prices, step,
-                                               beam, depth, self._whole)
-
-    def train(self, mode: bool = True):
-        self._kept = None
-        return super().train(mode)
-
-    @property
-    def price_of_bits(self) -> float:
-        """`rate_weight`, which in training grows from 0 over the first 2 / (1 - decay) batches: latents of a new
-        encoder are small, and where no bit pays nothing is coded, and nothing is learned."""
-        return self.rate_weight * (min(1.0, self._state()[1] * (1 - self.decay) / 2)
-                                   if self.training else 1.0)
-
-    def _prepare(self):
-        "Gram matrix of the entries, prices, and width of a level."
-        with exact_products() if self.entries.is_cuda else no_autocast("cpu"):
-            gram = self.entries @ self.entries.T
-        return gram, self.prices(), self.gain_step
-
-    def _nearest(self, signals, depth):
-        "The search where bits cost nothing and the beam is one: a lookup a stage."
-        indices = signals.new_full((signals.shape[0], self.num_quantizers), -1, dtype=torch.int64)
-        for t, first in enumerate(self._first[:depth]):
-            codebook = self.entries[first:first + self.num_embeddings]
-            indices[:, t] = nearest_entry(signals, codebook)
-            signals = signals - F.embedding(indices[:, t], codebook)
-        return indices, torch.zeros_like(indices)
-
-    @property
-    def _whole(self): return not self.price_of_bits          # use every stage, if bits cost nothing
-
     def _load_from_state_dict(self, state, prefix, *args, **kwargs):
         if prefix + "ema_sums" not in state:           # left out of a file that is not for training
             state[prefix + "ema_sums"] = (state[prefix + "entries"]
@@ -544,155 +726,39 @@ class ResidualVQ(_Chain, Bottleneck):
             state[prefix + "symbol_counts"] = torch.zeros_like(self.symbol_counts)
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
-    def encode_signals(self, signals: Tensor):
-        "Signals [N, M] to codes."
-        return self._codes(*self._search(signals, self.depth, self.beam))
+# %% ../nbs/04_more_bottlenecks.ipynb #fda80863
+class _GainCodes:
+    "Codes with gains: rows of all dictionaries, and levels times the step."
+    def _shaped(self, entries):
+        "All entries, at unit norm where they are atoms."
+        plain, atoms = entries.tensor_split([self._first_atom])
+        return torch.cat([plain, F.normalize(atoms, dim=1)])
 
-    def training_codes(self, signals: Tensor):
-        depth = self.num_quantizers
-        if self.stage_dropout:                                      # the same draw on every process
-            drop, stages = torch.rand(2, generator=self._generator()).tolist()
-            if drop < self.stage_dropout: depth = 1 + int(stages * depth)
-        return self._codes(*self._search(signals, depth, self.beam))
+    def _codes(self, indices, levels):
+        rows = torch.where(indices < 0, -1,
+                           indices + torch.tensor(self._first, device=indices.device))
+        gained = torch.tensor(self._gained, device=levels.device)
+        gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
+        return SparseCode(rows, torch.where(indices < 0, 0, gains))
+
+    def _parts(self, codes):
+        first, gained = (torch.tensor(x, device=codes.indices.device)
+                         for x in (self._first, self._gained))
+        indices = torch.where(codes.indices < 0, -1, codes.indices - first)
+        levels = (codes.values / self.gain_step).round().long() * gained
+        return indices, levels.clamp(-self.max_level, self.max_level)
 
     def _chosen(self, codes):
-        "The row of each stage's entry [N, T], the number of entries where there is none, and its gain."
-        indices, levels = self._parts(codes)
-        rows = torch.where(indices < 0, self.num_entries,
-                           indices + torch.tensor(self._first, device=indices.device))
-        gains = torch.where(torch.tensor(self._gained, device=levels.device),
-                            levels * self.gain_step, 1.0)
-        return rows, torch.where(indices < 0, 0, gains).to(self.entries.dtype)
-
-    def decode_signals(self, codes) -> Tensor:
-        "Codes to the sums of their entries [N, M]. On the CPU, `ValueError` for an index that is no entry."
-        indices = self._parts(codes)[0]
-        visible = (indices.device.type == "cpu"
-                   and not torch.compiler.is_compiling() and indices.numel() > 0)
-        if visible and not -1 <= indices.min() <= indices.max() < self.num_embeddings:
-            raise ValueError(f"codes must lie in -1..{self.num_embeddings - 1}, "
-                             f"got {int(indices.min())}..{int(indices.max())}; "
-                             "decode with the bottleneck that made them")
-        return self._sum(*self._chosen(codes))
-
-    def _sum(self, rows, gains):
-        entries = F.pad(
-            self.entries.to(torch.promote_types(self.entries.dtype, torch.float32)), (0, 0, 0, 1))
-        total = entries.new_zeros(rows.shape[0], entries.shape[1])
-        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
-            total = total + gain[:, None] * F.embedding(row, entries)
-        return total
-
-    def code_entries(self, codes) -> Tensor:
-        rows, _ = self._chosen(codes)
-        return torch.where(rows == self.num_entries, -1, rows)
-
-    @torch.no_grad()
-    def initialize(self, signals: Tensor) -> None:
-        residual = signals
-        for d in range(self.num_codebooks):
-            first = d * self.num_embeddings
-            # zero has no direction
-            if first >= self._first_atom: residual = F.normalize(residual, dim=1, eps=1e-3)
-            rows = first_rows(residual, self.num_embeddings, self.init, self._generator())
-            self.entries[first:first + len(rows)] = rows
-            self.entries.copy_(self._shaped(self.entries))
-            codes = self._codes(*self._search(signals, d + 1, 1))
-            residual = signals - self.decode_signals(codes)
-        self.ema_sums.copy_(self.entries)
-        for average in (self.ema_mass, self.ema_counts): average.fill_(1)
-
-    def learn(self, signals: Tensor, decoded: Tensor, codes, counts: Tensor) -> None:
-        "Move the averages and the entries by one batch, then revive the dead."
-        rows, gains = self._chosen(codes)
-        residual, A = (signals.to(self.entries.dtype) - decoded.to(self.entries.dtype),
-                       self.num_entries)
-        # the last column: the sum of squared gains
-        sums = residual.new_zeros(A + 1, residual.shape[1] + 1)
-        for row, gain in zip(rows.unbind(1), gains.unbind(1)):
-            sums.index_add_(0, row, torch.cat([gain[:, None] * residual, gain[:, None] ** 2], 1))
-        sums, mass = _over_processes(sums)[:A].split([residual.shape[1], 1], 1)
-        self.ema_sums.lerp_(sums + mass * self.entries, 1 - self.decay)
-        self.ema_mass.lerp_(mass[:, 0], 1 - self.decay)
-        self.entries.copy_(self._shaped(self.ema_sums / self.ema_mass.clamp_min(1e-20)[:, None]))
-        symbols = _over_processes(self.count_symbols(codes))
-        self.symbol_counts.lerp_(symbols.to(self.symbol_counts.dtype), 1 - self.decay)
-        if self.revive_below: self._revive(signals, rows, gains, counts)
-
-    def _revive(self, signals, rows, gains, counts):
-        "Dead entries become residuals of this batch, with an equal share to start from."
-        K, generator, residual = (self.num_embeddings, self._generator(),
-                                  signals.to(self.entries.dtype))
-        share = self.ema_counts.view(-1, K).mean(1, keepdim=True).expand(-1, K).flatten()
-        equal = counts.view(-1, K).sum(1, keepdim=True).expand(-1, K).flatten() / K
-        self.expected.copy_(torch.where(counts > 0, 0, self.expected + equal))
-        dead = ((self.ema_counts < self.revive_below * share)
-                | (self.revive_below * self.expected > PATIENCE))
-        fresh = []
-        for d in range(self.num_codebooks):
-            fresh.append(_rows_at(residual, _spread(K, generator)))
-            residual = residual - self._sum(rows[:, d:d + 1], gains[:, d:d + 1])
-        fresh = self._shaped(torch.cat(fresh))
-        dead &= fresh.square().sum(1) > 0
-        self.entries.copy_(torch.where(dead[:, None], fresh, self.entries))
-        self.ema_counts.copy_(torch.where(dead, share, self.ema_counts))
-        self.ema_mass.copy_(torch.where(dead, share, self.ema_mass))
-        self.ema_sums.copy_(torch.where(dead[:, None], share[:, None] * fresh, self.ema_sums))
-        self.expected.masked_fill_(dead, 0)
-        if self.rate_weight:     # at the price of its former self a new entry would never be chosen
-            for t, first in enumerate(self._first):
-                uses = self.symbol_counts[2 + t * K:2 + (t + 1) * K]
-                uses.copy_(torch.where(dead[first:first + K], uses.mean(), uses))
-
-    @torch.no_grad()
-    def fit(
-        self,
-        signals: Tensor,  # [N, M], all of them at once
-        iterations: int = 8,  # of coding, solving and counting
-    ) -> None:
-        "Entries and tables for given signals, without averages: for patches of images, or trained latents."
-        self.train()
-        if not self._state()[0]: self.initialize(signals)
-        # bits have their full price
-        self._placed(max(0, math.ceil(2 / (1 - self.decay)) - self._state()[1]))
-        for i in range(iterations + 1):
-            codes = self._codes(*self._search(signals, self.num_quantizers, self.beam))
-            self.symbol_counts.copy_(self.count_symbols(codes) * (1 - self.decay))
-            if i < iterations:
-                self._solve(signals, codes, torch.Generator().manual_seed(self.seed + i))
-        self.fit_tables(codes), self.eval()
-
-    def _solve(self, signals, codes, generator):
-        "The entries of least squared error for these codes; those hardly used become badly coded signals."
-        (rows, gains), A = self._chosen(codes), self.num_entries
-        normal, right = signals.new_zeros(A * A), signals.new_zeros(A, signals.shape[1])
-        for t in range(self.num_quantizers):
-            used = rows[:, t] < A  # then the stages before are used as well
-            row, gain = rows[used], gains[used]
-            right.index_add_(0, row[:, t], gain[:, t, None] * signals[used])
-            for s in range(t + 1):
-                for a, b in {(s, t), (t, s)}:
-                    normal.index_add_(0, row[:, a] * A + row[:, b], gain[:, a] * gain[:, b])
-        normal = normal.view(A, A)
-        ridge = 1e-3 * normal.diagonal().mean()
-        entries = torch.linalg.solve(normal + ridge * torch.eye(A, device=normal.device),
-                                     right + ridge * self.entries)
-        few = torch.bincount(rows.flatten(), minlength=A + 1)[:A] < 2
-        residual = signals - self.decode_signals(codes)
-        if few.any():
-            worst = torch.multinomial(residual.square().sum(1).cpu(),
-                                      int(few.sum()), True, generator=generator)
-            entries[few] = residual[worst].to(entries.dtype)
-        self.entries.copy_(self._shaped(entries))
-        self.ema_counts.copy_(torch.bincount(rows.flatten(), minlength=A + 1)[:A])
+        return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
 
 # %% ../nbs/04_more_bottlenecks.ipynb #209d8be6
 @register("gsvq")
-class GainShapeVQ(ResidualVQ):
-    """A sum of unit atoms with coded gains, a dictionary for each step. Sources: Gersho and Gray 1992, chapter 12.
+class GainShapeVQ(_GainCodes, ResidualVQ):
+    """A sum of unit atoms with coded gains, a dictionary for each step.
+    Sources: Gersho and Gray 1992, chapter 12.
 
-    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other), values are levels
-    times `gain_step`.
+    Codes are a `SparseCode`: indices are rows of `entries` (all dictionaries, one under the other),
+    values are levels times `gain_step`.
     """
     def __init__(
         self,
@@ -703,12 +769,12 @@ class GainShapeVQ(ResidualVQ):
         decay: float = 0.99,  # of the moving averages that make the dictionaries
         patch_size: int = 1,  # latent vectors along each side of a coded patch
         *,
-        num_codebooks: int | None = 4,  # steps with a dictionary of their own, later ones share the last; None: all
+        num_codebooks: int | None = 4,  # own dictionaries, later steps share the last; None: all
         gains_from: int = 1,  # first step with a gain; 2: plain VQ first
         max_level: int = 32,  # gains are -max_level to max_level steps, and not zero
         beam: int = 1,  # sums kept at each step of the search
-        rate_weight: float = 0.0,  # squared error that a bit is worth (lambda), sets the gain step; 0: bits are free
-        init: str = "kmeans",  # first atoms: kmeans or data (of the first training batch) or random (normal)
+        rate_weight: float = 0.0,  # squared error of a bit (lambda), sets gain_step; 0: bits free
+        init: str = "kmeans",  # first atoms: kmeans, data (of the first batch), random (normal)
         revive_below: float | None = None,  # revived below this part of an equal share; None: 0.1, 0.01 if bits count
         seed: int = 0,  # of the random start, the first placing and the revivals
     ):
@@ -732,37 +798,17 @@ class GainShapeVQ(ResidualVQ):
     def _whole(self): return False
     @property
     def gain_step(self) -> float:
-        "Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean square norm if that is 0."
+        """Width of a level: 2.3 * sqrt(price_of_bits), or an eighth of the signals' root mean
+        square norm if that is 0."""
         return (rate.STEP_RATIO * math.sqrt(self.price_of_bits)
                 or float(self.signal_energy.sqrt() / 8))
 
     def bits_per_code(self) -> int:
-        "Nominal: ceil(log2 K) for each atom, a bit for the flag after it, ceil(log2 (2 * max_level)) for its gain."
+        """Nominal: ceil(log2 K) for each atom, a bit for the flag after it,
+        ceil(log2 (2 * max_level)) for its gain."""
         flags = self.num_quantizers * (not self.rate_weight)  # where bits count they are in already
         return (super().bits_per_code() + flags
                 + sum(self._gained) * rate.nominal_bits(2 * self.max_level))
-
-    def _shaped(self, entries):
-        "All entries, at unit norm where they are atoms."
-        plain, atoms = entries.tensor_split([self._first_atom])
-        return torch.cat([plain, F.normalize(atoms, dim=1)])
-
-    def _codes(self, indices, levels):
-        rows = torch.where(indices < 0, -1,
-                           indices + torch.tensor(self._first, device=indices.device))
-        gained = torch.tensor(self._gained, device=levels.device)
-        gains = torch.where(gained, levels.to(self.entries.dtype) * self.gain_step, 1.0)
-        return SparseCode(rows, torch.where(indices < 0, 0, gains))
-
-    def _parts(self, codes):
-        first, gained = (torch.tensor(x, device=codes.indices.device)
-                         for x in (self._first, self._gained))
-        indices = torch.where(codes.indices < 0, -1, codes.indices - first)
-        levels = (codes.values / self.gain_step).round().long() * gained
-        return indices, levels.clamp(-self.max_level, self.max_level)
-
-    def _chosen(self, codes):
-        return torch.where(codes.indices < 0, self.num_entries, codes.indices), codes.values
 
     def initialize(self, signals: Tensor) -> None:
         self._track(signals, 1)
