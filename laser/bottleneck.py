@@ -138,7 +138,7 @@ class BottleneckOutput:
     def __repr__(self):
         indices = self.codes.indices if isinstance(self.codes, SparseCode) else self.codes
         return (f"BottleneckOutput(quantized {list(self.quantized.shape)}, "
-                f"loss {float(self.loss):.4g}, "
+                f"loss {self.loss.item():.4g}, "
                 f"codes {type(self.codes).__name__} {list(indices.shape)})")
 
 # %% ../nbs/03_bottleneck.ipynb #0024
@@ -855,14 +855,19 @@ class _SparseSymbols:
         return rate.level_prices(
             self._set_alphabet().level_counts(self.table_counts[self.rate_point]))
 
-    def table_sizes(self) -> list[int]:
-        if self.rate_weight: return self._set_alphabet().table_sizes()
+    @property
+    def _highest(self):
+        "The highest level of rounded coefficients."
         if self.coefficient_bits is None:
             raise ValueError("continuous coefficients have no finite alphabet, so they cannot be "
                              "counted in tables or written to a file: set coefficient_bits "
                              "(8, for instance; bottleneck.coefficient_bits = 8 on a trained "
                              "model) or rate_weight")
-        return [self.num_embeddings + 1, 2**self.coefficient_bits - 1] * self.sparsity_level
+        return 2 ** (self.coefficient_bits - 1) - 1
+
+    def table_sizes(self) -> list[int]:
+        if self.rate_weight: return self._set_alphabet().table_sizes()
+        return [self.num_embeddings + 1, 2 * self._highest + 1] * self.sparsity_level
 
     def next_table(self, before: Tensor) -> Tensor:
         if self.rate_weight: return self._set_alphabet().next_table(before)
@@ -873,7 +878,7 @@ class _SparseSymbols:
 
     def symbol_values(self, codes: SparseCode) -> Tensor:
         if self.rate_weight: return self._set_alphabet().symbol_values(codes, self.level_width)
-        highest = 2 ** (self.coefficient_bits - 1) - 1
+        highest = self._highest
         levels = (codes.values / self._limits(codes).clamp_min(torch.finfo(torch.float32).tiny)
                   * highest).round().long() + highest
         atoms = torch.where(codes.indices < 0, self.num_embeddings, codes.indices)
@@ -881,7 +886,7 @@ class _SparseSymbols:
 
     def from_symbols(self, values: Tensor) -> SparseCode:
         if self.rate_weight: return self._set_alphabet().from_symbols(values, self.level_width)
-        highest, atoms = 2 ** (self.coefficient_bits - 1) - 1, values[:, ::2]
+        highest, atoms = self._highest, values[:, ::2]
         used = (atoms != self.num_embeddings).int().cumprod(1).bool()
         limits = self._limits().clamp_min(torch.finfo(torch.float32).tiny)
         levels = (values[:, 1::2] - highest).to(limits.dtype) * (limits / highest)

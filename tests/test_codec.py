@@ -312,7 +312,10 @@ def test_errors_say_what_to_do(model):
 
 
 def test_continuous_coefficients_have_no_stream():
-    assert "coefficient_bits" in refusal(Autoencoder("dl", embedding_dim=8, **NETWORK).eval().compress, images(1))
+    model = Autoencoder("dl", embedding_dim=8, **NETWORK).eval()
+    bottleneck, codes = model.bottleneck, model.encode(images(1))
+    for f in (bottleneck.fit_tables, bottleneck.symbols): assert "coefficient_bits" in refusal(f, codes)
+    assert "coefficient_bits" in refusal(model.compress, images(1))
 
 
 def test_one_dial_for_the_rate(model):
