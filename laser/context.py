@@ -98,6 +98,7 @@ class _Neighbourhood(nn.Module):
         R, draw = int(self.ends[-1]), lambda n: nn.Parameter(torch.randn(n, hidden) * 0.05)
         self.symbol, self.table, self.rate, self.place = (draw(R), draw(len(self.kinds)),
                                                           draw(len(counts)), draw(PLACES**2))
+        # what a table asks and tells, and how much of it each symbol counts
         even = torch.cat([torch.linspace(-1, 1, n) for n in widths.tolist()])
         self.asked, self.told = nn.Parameter(even), nn.Parameter(even.clone())
         self.ask, self.tell, self.out = (nn.Parameter(torch.zeros(n, hidden))
@@ -195,7 +196,10 @@ class ContextModel(nn.Module):
         return {name: values.cpu().double().numpy() for name, values in self.named_buffers()}
 
     def tables(self, bottleneck) -> "ContextTables":
-        "A model of the codes, for `laser.codec`."
+        "A model of the codes, for `laser.codec`. `ValueError` if an earlier version fitted this one."
+        if not hasattr(self, "ask"):
+            raise ValueError("the context model was fitted by an earlier version of laser: "
+                             "call fit_context(model, images) anew")
         return ContextTables(bottleneck, self)
 
 # %% ../nbs/17_context.ipynb #0017
