@@ -593,7 +593,8 @@ def _code(signals, dictionary, rule, tol, indices, values):
     (B, M), K, S = signals.shape, dictionary.shape[1], indices.shape[1]
     doubtful, lanes = (torch.zeros(B, dtype=torch.bool),
                        M <= 4 and K <= 256 and S <= 16 and rule != 2)
-    if not lanes and (4 * B * S < K or K * K * dictionary.itemsize > 2**28):
+    few = 4 * B * S < K and K * K * M > 2**26  # too few to pay for a Gram matrix that costs much
+    if not lanes and (few or K * K * dictionary.itemsize > 2**28):
         return _plainly(signals, dictionary, rule, tol, 0.0, indices, values)
     (_with_lanes if lanes else _with_gram)(signals, dictionary, rule, tol,
                                            indices, values, doubtful)
